@@ -1,0 +1,1 @@
+"""distckpt: distributed training for PyTorch that never loses a checkpoint."""

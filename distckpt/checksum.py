@@ -1,0 +1,25 @@
+"""Digests: xxh3, 128 bits, as 32 hex digits.
+
+A digest finds accidents (a flipped bit, a short file, a swapped block); it is no signature against an attacker.
+
+Source: of the hashes measured on large buffers xxh3 is among the fastest (7 to 8 GB/s a thread; zlib.crc32 1.9,
+sha256 1.1), and it releases the GIL while it runs.
+"""
+
+from __future__ import annotations
+
+import re
+
+import xxhash
+
+_HEX = re.compile(r"[0-9a-f]{32}")
+
+
+def digest(data: bytes | bytearray | memoryview) -> str:
+    """Return the digest of `data` as 32 hex digits."""
+    return str(xxhash.xxh3_128_hexdigest(data))
+
+
+def is_digest(text: object) -> bool:
+    """Say whether `text` has the form of a digest."""
+    return isinstance(text, str) and _HEX.fullmatch(text) is not None

@@ -1,0 +1,309 @@
+"""Every exception that distckpt raises, as one tree under `DistckptError`.
+
+Each class is also the builtin that a user already catches.
+Facts are keyword arguments and attributes, plain enough to travel as JSON, so that an error met on one rank can be
+raised, with the same type and message, on all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "CheckpointDamagedError",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "ConfigError",
+    "DependencyError",
+    "DistckptError",
+    "FormatVersionError",
+    "RankFailedError",
+    "RankTimeoutError",
+    "StateMismatchError",
+    "StorageError",
+    "UnsupportedStateError",
+    "UsageError",
+]
+
+SHOWN_PROBLEMS = 20  # a report of a thousand missing keys helps nobody
+
+
+class DistckptError(Exception):
+    """Anything that distckpt raises on purpose.
+
+    Attributes:
+        facts: The keyword arguments that the error was made from; plain JSON values.
+        fix: What the reader can do about it, ready to paste; None if nothing is known to help.
+    """
+
+    facts: dict[str, Any]
+    fix: str | None = None
+
+    def _tell(self, message: str, *, fix: str | None, **facts: Any) -> None:
+        self.facts = {**facts, "fix": fix}
+        for name, value in self.facts.items():
+            setattr(self, name, value)
+        super().__init__(message if fix is None else f"{message}\nFix: {fix}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return from_wire, (to_wire(self),)
+
+
+class ConfigError(DistckptError, ValueError):
+    """A setting is unknown, of the wrong type or out of range.
+
+    Attributes:
+        source: Where the setting came from: a file's path, "command line", or the name of the argument.
+        problem: What is wrong with it.
+    """
+
+    source: str
+    problem: str
+
+    def __init__(self, *, source: str, problem: str, fix: str | None = None) -> None:
+        self._tell(f"{source}: {problem}", fix=fix, source=source, problem=problem)
+
+
+class UsageError(DistckptError, ValueError):
+    """A call that makes no sense in this place, such as a save on a closed manager.
+
+    Attributes:
+        problem: What is wrong with the call.
+    """
+
+    problem: str
+
+    def __init__(self, *, problem: str, fix: str | None = None) -> None:
+        self._tell(problem, fix=fix, problem=problem)
+
+
+class DependencyError(DistckptError, ImportError):
+    """A package that this call needs is not installed.
+
+    Attributes:
+        package: The package's name for pip.
+        purpose: What needs it.
+    """
+
+    package: str
+    purpose: str
+
+    def __init__(self, *, package: str, purpose: str, fix: str | None = None) -> None:
+        self._tell(
+            f"{purpose} needs the package {package!r}, which is not installed",
+            fix=fix or f"pip install {package}",
+            package=package,
+            purpose=purpose,
+        )
+
+
+class StorageError(DistckptError, OSError):
+    """A storage operation failed.
+
+    Attributes:
+        path: The file or directory, as a path or URL.
+        action: What was tried, as a verb: "write", "read", "list", ...
+        cause: The system's or server's own words.
+        errno: The system's error number, or None.
+    """
+
+    path: str
+    action: str
+    cause: str
+
+    def __init__(self, *, path: str, action: str, cause: str, errno: int | None = None, fix: str | None = None) -> None:
+        self._tell(
+            f"could not {action} {path!r}: {cause}", fix=fix, path=path, action=action, cause=cause, errno=errno
+        )
+
+
+class CheckpointExistsError(DistckptError, FileExistsError):
+    """Another writer has committed this checkpoint already; what is committed is never replaced.
+
+    Attributes:
+        path: The manifest's path.
+        found: Who wrote the one that is there, as far as it is known.
+    """
+
+    path: str
+    found: str
+
+    def __init__(self, *, path: str, found: str, fix: str | None = None) -> None:
+        self._tell(
+            f"{path!r} exists already ({found}); a committed checkpoint is never overwritten",
+            fix=fix or "save another step, or give this job a directory of its own",
+            path=path,
+            found=found,
+        )
+
+
+class CheckpointNotFoundError(DistckptError, FileNotFoundError):
+    """There is no committed checkpoint where one is needed.
+
+    Attributes:
+        path: The directory that was searched.
+        reason: What is there instead.
+    """
+
+    path: str
+    reason: str
+
+    def __init__(self, *, path: str, reason: str, fix: str | None = None) -> None:
+        self._tell(f"no checkpoint in {path!r}: {reason}", fix=fix, path=path, reason=reason)
+
+
+class CheckpointDamagedError(DistckptError, ValueError):
+    """A checkpoint's bytes are not the ones that were written.
+
+    Attributes:
+        path: The checkpoint's directory.
+        file: The damaged file, relative to `path`; None if several are.
+        problem: What was expected and what was found.
+        step: The checkpoint's step; None if it could not be read.
+    """
+
+    path: str
+    file: str | None
+    problem: str
+    step: int | None
+
+    def __init__(
+        self, *, path: str, problem: str, file: str | None = None, step: int | None = None, fix: str | None = None
+    ) -> None:
+        what = f"{path!r}" if step is None else f"step {step} in {path!r}"
+        where = "" if file is None else f"{file!r} "
+        self._tell(f"{what}: {where}{problem}", fix=fix, path=path, file=file, problem=problem, step=step)
+
+
+class FormatVersionError(DistckptError, ValueError):
+    """A checkpoint was written in a format that this version does not read.
+
+    Attributes:
+        path: The manifest's path.
+        found: The format version that it states.
+        supported: The newest format version that this distckpt reads.
+    """
+
+    path: str
+    found: int
+    supported: int
+
+    def __init__(self, *, path: str, found: int, supported: int, fix: str | None = None) -> None:
+        self._tell(
+            f"{path!r} has format version {found}; this distckpt reads up to {supported}",
+            fix=fix or "pip install --upgrade distckpt",
+            path=path,
+            found=found,
+            supported=supported,
+        )
+
+
+class StateMismatchError(DistckptError, ValueError):
+    """The checkpoint does not fit the state that it should be loaded into; nothing was changed.
+
+    Attributes:
+        path: The checkpoint's directory.
+        step: The checkpoint's step.
+        problems: One line for each key that does not fit, most important first.
+    """
+
+    path: str
+    step: int
+    problems: list[str]
+
+    def __init__(self, *, path: str, step: int, problems: list[str], fix: str | None = None) -> None:
+        shown = problems[:SHOWN_PROBLEMS]
+        if len(problems) > len(shown):
+            shown = [*shown, f"and {len(problems) - len(shown)} more"]
+        listed = "".join(f"\n  {problem}" for problem in shown)
+        self._tell(
+            f"checkpoint step {step} in {path!r} does not fit the state; nothing was loaded:{listed}",
+            fix=fix,
+            path=path,
+            step=step,
+            problems=problems,
+        )
+
+
+class UnsupportedStateError(DistckptError, TypeError):
+    """The state holds something that cannot be saved safely and exactly.
+
+    Attributes:
+        key: The entry's name in the state.
+        problem: What it is and why it is refused.
+    """
+
+    key: str
+    problem: str
+
+    def __init__(self, *, key: str, problem: str, fix: str | None = None) -> None:
+        self._tell(f"state entry {key!r} {problem}", fix=fix, key=key, problem=problem)
+
+
+class RankFailedError(DistckptError, RuntimeError):
+    """One or more ranks failed at something that all ranks do together.
+
+    Attributes:
+        action: What the ranks were doing.
+        rank: The lowest rank that failed.
+        host: The host that it runs on.
+        cause: Its error, with the type's name.
+    """
+
+    action: str
+    rank: int
+    host: str
+    cause: str
+
+    def __init__(
+        self, *, action: str, rank: int, host: str, cause: str, others: int = 0, fix: str | None = None
+    ) -> None:
+        more = f" (and {others} more)" if others else ""
+        self._tell(
+            f"{action} abandoned: rank {rank} (host {host}){more} failed: {cause}",
+            fix=fix,
+            action=action,
+            rank=rank,
+            host=host,
+            cause=cause,
+            others=others,
+        )
+
+
+class RankTimeoutError(DistckptError, TimeoutError):
+    """Ranks did not arrive in time at something that all ranks do together.
+
+    Attributes:
+        action: What the ranks were doing.
+        missing: The ranks that did not arrive, lowest first.
+        timeout_s: How long was waited, in seconds.
+    """
+
+    action: str
+    missing: list[int]
+    timeout_s: float
+
+    def __init__(self, *, action: str, missing: list[int], timeout_s: float, fix: str | None = None) -> None:
+        ranks = ", ".join(str(rank) for rank in missing[:SHOWN_PROBLEMS])
+        noun = "rank" if len(missing) == 1 else "ranks"
+        self._tell(
+            f"{action} abandoned: {noun} {ranks} did not arrive within {timeout_s:g} s",
+            fix=fix or "look at the log of that rank; it died, hangs, or needs a longer timeout_s",
+            action=action,
+            missing=missing,
+            timeout_s=timeout_s,
+        )
+
+
+def to_wire(error: DistckptError) -> dict[str, Any]:
+    """Return an error as plain JSON values, for `from_wire` on another rank."""
+    return {"type": type(error).__name__, "facts": error.facts}
+
+
+def from_wire(wire: dict[str, Any]) -> DistckptError:
+    """Return the error that `to_wire` described."""
+    kinds = {name: kind for name, kind in globals().items() if name in __all__}
+    made = kinds[wire["type"]](**wire["facts"])
+    if not isinstance(made, DistckptError):
+        raise TypeError(f"{wire['type']} is no DistckptError")
+    return made

@@ -1,0 +1,134 @@
+"""`Storage`: the one seam between distckpt and the outside.
+
+A handful of verbs, each with a contract that `tests/storage/` runs against every implementation.
+Names are plain relative paths (`names.checked`) below the storage's root; a storage never leaves its root.
+Any verb may be called from any thread.
+What wraps a storage (retry, counting, fault injection) is a storage too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileInfo:
+    """One stored file.
+
+    Attributes:
+        name: Its name below the storage's root.
+        num_bytes: Its size in bytes.
+        modified: When it was last written, in seconds since 1970; 0.0 if the storage does not say.
+    """
+
+    name: str
+    num_bytes: int
+    modified: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a storage can promise beyond the contract.
+
+    Attributes:
+        exclusive_publish: `publish` refuses an existing name even when two writers race.
+        survives_power_loss: What `put`, `sync` and `publish` have acknowledged is on stable media or the server's care.
+        shared: Other hosts see the same files; None if that depends on what is mounted.
+    """
+
+    exclusive_publish: bool
+    survives_power_loss: bool
+    shared: bool | None
+
+
+class Storage(Protocol):
+    """Files below one root: a local directory, or a prefix of an object store."""
+
+    @property
+    def url(self) -> str:
+        """The root, as users write it; never holds a credential."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this storage promises; asks the storage nothing."""
+        ...
+
+    def put(self, name: str, chunks: Iterable[Buffer]) -> int:
+        """Write a data file from `chunks`, in order, and return its size in bytes.
+
+        When this returns, the file's bytes are durable; its directory entry is after `sync`.
+        Missing parent folders are made. If it raises, also when iterating `chunks` raises, no file of that name is
+        left behind on a best-effort basis, and never one that looks whole to a reader that knows its size and digests.
+        An existing file of that name is an error on storages that can tell; callers use names that are new.
+
+        Raises:
+            StorageError: It could not be written; `errno` and `cause` say why (no space, no permission, ...).
+        """
+        ...
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Make the directory entries of `names`, and of the folders above them, durable.
+
+        Object stores have nothing to do here.
+
+        Raises:
+            StorageError: A folder could not be synced.
+        """
+        ...
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Write a small file whole, durably and atomically, unless the name exists.
+
+        A reader sees no file or all of it, whatever dies. When this returns, it survives a power loss.
+        If an earlier try of this same call got through and only its answer was lost, this succeeds.
+
+        Raises:
+            FileExistsError: The name exists with other content; nothing was changed.
+            StorageError: It could not be written; no file of that name is visible on account of this call.
+        """
+        ...
+
+    def read(self, name: str, offset: int, into: memoryview) -> None:
+        """Fill `into` (writable, contiguous bytes) from the file's byte `offset` on.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            EOFError: The file ends before `into` is full.
+            StorageError: It could not be read.
+        """
+        ...
+
+    def read_all(self, name: str, *, limit_bytes: int) -> bytes:
+        """Return a small file whole.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            StorageError: It could not be read, or is larger than `limit_bytes`.
+        """
+        ...
+
+    def list(self, folder: str = "") -> list[FileInfo]:
+        """Return every file below `folder`, at any depth, sorted by name; [] if there is none.
+
+        Sees what any client has written or deleted before the call. Files that disappear meanwhile are left out.
+        Temporary files of writes in progress are left out, or have a name that ends in ".tmp".
+
+        Raises:
+            StorageError: It could not be listed (no permission, not a directory, no such bucket, ...).
+        """
+        ...
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete files, in the order given, and folders that this leaves empty. Missing files are no error.
+
+        When this returns, earlier files in the order are durably gone before later ones.
+
+        Raises:
+            StorageError: A file could not be deleted; those before it are gone.
+        """
+        ...
