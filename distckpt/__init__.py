@@ -1,1 +1,57 @@
-"""distckpt: distributed training for PyTorch that never loses a checkpoint."""
+"""distckpt: distributed training for PyTorch that never loses a checkpoint.
+
+The names below are imported when they are first used, so that what needs no torch starts at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distckpt import errors
+    from distckpt.catalog import Checkpoint
+    from distckpt.manager import CheckpointManager
+    from distckpt.retention import Retention
+    from distckpt.single import load, save
+    from distckpt.state import PerRank
+    from distckpt.trainer import TrainConfig, Trainer
+    from distckpt.weights import load_weights
+
+_HOMES = {
+    "Checkpoint": "catalog",
+    "CheckpointManager": "manager",
+    "PerRank": "state",
+    "Retention": "retention",
+    "TrainConfig": "trainer",
+    "Trainer": "trainer",
+    "load": "single",
+    "load_weights": "weights",
+    "save": "single",
+}
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointManager",
+    "PerRank",
+    "Retention",
+    "TrainConfig",
+    "Trainer",
+    "errors",
+    "load",
+    "load_weights",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("distckpt.errors")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"distckpt.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

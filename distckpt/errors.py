@@ -113,7 +113,12 @@ class StorageError(DistckptError, OSError):
 
     def __init__(self, *, path: str, action: str, cause: str, errno: int | None = None, fix: str | None = None) -> None:
         self._tell(
-            f"could not {action} {path!r}: {cause}", fix=fix, path=path, action=action, cause=cause, errno=errno
+            f"could not {action} {path!r}: {cause}",
+            fix=fix,
+            path=path,
+            action=action,
+            cause=cause,
+            errno=errno,
         )
 
 
@@ -168,7 +173,13 @@ class CheckpointDamagedError(DistckptError, ValueError):
     step: int | None
 
     def __init__(
-        self, *, path: str, problem: str, file: str | None = None, step: int | None = None, fix: str | None = None
+        self,
+        *,
+        path: str,
+        problem: str,
+        file: str | None = None,
+        step: int | None = None,
+        fix: str | None = None,
     ) -> None:
         what = f"{path!r}" if step is None else f"step {step} in {path!r}"
         where = "" if file is None else f"{file!r} "

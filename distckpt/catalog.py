@@ -1,0 +1,315 @@
+"""The catalog: which checkpoints a directory holds, whether they are whole, and the one place that deletes.
+
+Invariant: a checkpoint exists if, and only if, its manifest does; so a manifest is deleted first and everything else
+after it, and what has no manifest is a partial, invisible to restore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from distckpt import names
+from distckpt.checksum import digest
+from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError
+from distckpt.manifest import MAX_BYTES, DataFile, Layout, Manifest, parse
+from distckpt.storage import FileInfo, Storage
+from distckpt.values import Json
+
+READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The facts of one committed checkpoint.
+
+    Attributes:
+        step: Optimizer steps completed.
+        path: Its folder, as a path or URL.
+        num_bytes: The size of its data files, in bytes.
+        world_size: The number of ranks that saved it.
+        layout: "full" or "sharded".
+        created: When it was committed, in seconds since 1970.
+        metrics: What was measured at this step.
+        attempt: The name of the save that made it.
+        run: The name of the run that it belongs to.
+        config: The run's configuration; None if none was given.
+        pinned: Whether retention has to keep it.
+    """
+
+    step: int
+    path: str
+    num_bytes: int
+    world_size: int
+    layout: Layout
+    created: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    attempt: str = ""
+    run: str = ""
+    config: dict[str, Json] | None = None
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    """What one `step-...` folder holds, by its listing alone.
+
+    Attributes:
+        step: The step in its name.
+        files: All its files; names below the directory.
+        committed: Whether there is a manifest.
+        damaged: Whether a manifest was put aside as damaged.
+        pinned: Whether it is pinned.
+    """
+
+    step: int
+    files: tuple[FileInfo, ...]
+    committed: bool
+    damaged: bool
+    pinned: bool
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return names.step_name(self.step)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of everything in it."""
+        return sum(file.num_bytes for file in self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing wrong with a checkpoint: the file's name inside it, and what is wrong."""
+
+    file: str
+    problem: str
+
+
+def scan(storage: Storage) -> list[Folder]:
+    """Return what each checkpoint folder of a directory holds, oldest step first; one listing, no file is read.
+
+    Raises:
+        StorageError: The directory could not be listed.
+    """
+    grouped: dict[int, list[FileInfo]] = {}
+    for file in storage.list():
+        top, _, rest = file.name.partition("/")
+        step = names.parse_step(top)
+        if step is not None and rest:
+            grouped.setdefault(step, []).append(file)
+    return [_folder(step, files) for step, files in sorted(grouped.items())]
+
+
+def _folder(step: int, files: list[FileInfo]) -> Folder:
+    inner = {file.name.partition("/")[2] for file in files}
+    return Folder(
+        step=step,
+        files=tuple(files),
+        committed=names.MANIFEST in inner,
+        damaged=any(names.is_quarantine(name) for name in inner),
+        pinned=names.PIN in inner,
+    )
+
+
+def read_manifest(storage: Storage, folder: str = "") -> Manifest:
+    """Return the manifest in `folder` of a storage, checked.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        CheckpointDamagedError: It is not whole, or is of another step than its folder's name says.
+        FormatVersionError: It is of a newer format.
+        StorageError: It could not be read.
+    """
+    path = names.join(storage.url, folder)
+    try:
+        data = storage.read_all(names.join(folder, names.MANIFEST), limit_bytes=MAX_BYTES)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(path=path, reason=f"it has no {names.MANIFEST}") from error
+    manifest = parse(data, path=path)
+    named = names.parse_step(folder.rpartition("/")[2])
+    if named is not None and named != manifest.step:
+        raise CheckpointDamagedError(
+            path=path, file=names.MANIFEST, problem=f"is of step {manifest.step}, its folder of step {named}"
+        )
+    return manifest
+
+
+def describe(storage: Storage, manifest: Manifest, *, folder: str, pinned: bool = False) -> Checkpoint:
+    """Return a checkpoint's facts."""
+    return Checkpoint(
+        step=manifest.step,
+        path=names.join(storage.url, folder),
+        num_bytes=manifest.num_bytes,
+        world_size=manifest.world_size,
+        layout=manifest.layout,
+        created=manifest.created,
+        metrics=dict(manifest.metrics),
+        attempt=manifest.attempt,
+        run=manifest.run,
+        config=manifest.config,
+        pinned=pinned,
+    )
+
+
+def committed(storage: Storage, folders: Iterable[Folder]) -> list[Checkpoint]:
+    """Return the facts of every committed checkpoint among `folders` whose manifest is whole, oldest first.
+
+    Raises:
+        StorageError: A manifest could not be read. One that vanishes meanwhile is left out.
+    """
+    found = []
+    for folder in folders:
+        if not folder.committed:
+            continue
+        try:
+            manifest = read_manifest(storage, folder.name)
+        except (CheckpointDamagedError, CheckpointNotFoundError):
+            continue
+        found.append(describe(storage, manifest, folder=folder.name, pinned=folder.pinned))
+    return found
+
+
+def verify(storage: Storage, manifest: Manifest, *, folder: str = "") -> Iterator[Problem]:
+    """Yield everything that is wrong with a checkpoint's data files, reading every byte.
+
+    Raises:
+        StorageError: A file could not be read for a reason that says nothing of its bytes.
+    """
+    sizes = {file.name: file.num_bytes for file in storage.list(names.join(folder, manifest.attempt))}
+    for file in manifest.files:
+        name = names.join(folder, file.name)
+        if name not in sizes:
+            yield Problem(file=file.name, problem="is missing")
+        elif sizes[name] != file.num_bytes:
+            problem = f"has {sizes[name]:,} bytes, the manifest says {file.num_bytes:,}"
+            yield Problem(file=file.name, problem=problem)
+        else:
+            yield from _verify_file(storage, name, file)
+
+
+def _verify_file(storage: Storage, name: str, file: DataFile) -> Iterator[Problem]:
+    """Yield one problem for the first segment of a file that is not what was written."""
+    buffer = bytearray(min(READ_BYTES, file.num_bytes) if file.segments else 0)
+    offset = 0
+    for segment in file.segments:
+        if segment.num_bytes > len(buffer):
+            buffer = bytearray(segment.num_bytes)
+        view = memoryview(buffer)[: segment.num_bytes]
+        try:
+            storage.read(name, offset, view)
+        except (FileNotFoundError, EOFError) as error:
+            yield Problem(file=file.name, problem=f"could not be read whole: {error}")
+            return
+        if digest(view) != segment.digest:
+            yield Problem(
+                file=file.name, problem=f"has wrong bytes between {offset:,} and {offset + segment.num_bytes:,}"
+            )
+            return
+        offset += segment.num_bytes
+
+
+def quarantine(storage: Storage, folder: str, *, reason: str) -> None:
+    """Put a damaged checkpoint's manifest aside, so that it is none any more; its files stay until they are pruned.
+
+    Raises:
+        StorageError: The storage refuses; the checkpoint is as it was.
+    """
+    name = names.join(folder, names.MANIFEST)
+    try:
+        data = storage.read_all(name, limit_bytes=MAX_BYTES)
+    except FileNotFoundError:
+        return
+    record = {"manifest": data.decode(errors="replace"), "reason": reason}
+    with contextlib.suppress(FileExistsError):  # put aside before, for another reason
+        storage.publish(names.join(folder, names.quarantine_name(digest(data)[:16])), json.dumps(record).encode())
+    storage.delete([name])
+
+
+def remove(storage: Storage, folder: Folder) -> None:
+    """Delete a checkpoint's folder: the manifest first, then everything else.
+
+    Raises:
+        StorageError: A file could not be deleted; if it was not the manifest, a partial is left.
+    """
+    last = len(folder.files)
+    rank = {names.join(folder.name, names.MANIFEST): 0, names.join(folder.name, names.PIN): last + 1}
+    storage.delete(sorted((file.name for file in folder.files), key=lambda name: (rank.get(name, 1), name)))
+
+
+def remove_attempt(storage: Storage, folder: str, attempt: str) -> None:
+    """Delete what an attempt that never committed left behind, as far as that works; raises nothing.
+
+    Never call it for an attempt whose manifest may have been published.
+    """
+    try:
+        storage.delete([file.name for file in storage.list(names.join(folder, attempt))])
+    except DistckptError:
+        return
+
+
+def locate(storage: Storage, *, step: int | None = None) -> tuple[str, Manifest]:
+    """Return the folder and the manifest of the checkpoint that a path means.
+
+    Args:
+        storage: One checkpoint's folder, or a run's directory.
+        step: The checkpoint of this step; by default the newest one whose manifest is whole.
+
+    Returns:
+        The checkpoint's folder, "" if it is the storage's root, and its manifest.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        CheckpointDamagedError: The manifest of the one that is named, or of all there are, is not whole.
+        StorageError: The storage could not be read.
+    """
+    try:
+        manifest = read_manifest(storage)
+    except CheckpointNotFoundError:
+        pass
+    else:
+        if step is not None and manifest.step != step:
+            raise CheckpointNotFoundError(path=storage.url, reason=f"it is of step {manifest.step}, not {step}")
+        return "", manifest
+    folders = scan(storage)
+    if step is not None:
+        return names.step_name(step), read_manifest(storage, names.step_name(step))
+    damaged: CheckpointDamagedError | None = None
+    for folder in reversed([folder for folder in folders if folder.committed]):
+        try:
+            return folder.name, read_manifest(storage, folder.name)
+        except CheckpointDamagedError as error:
+            damaged = damaged or error
+    if damaged is not None:
+        raise damaged
+    raise CheckpointNotFoundError(path=storage.url, reason=absence(folders))
+
+
+def absence(folders: Collection[Folder]) -> str:
+    """Return in words why there is no committed checkpoint among `folders`."""
+    if not folders:
+        return "it is empty, or not there"
+    num_damaged = sum(folder.damaged for folder in folders)
+    if num_damaged:
+        return f"it holds {num_damaged} damaged and {len(folders) - num_damaged} partial ones"
+    return f"it holds only partial ones ({len(folders)}), which never committed"
+
+
+def find_newest(storage: Storage, *, before: int | None = None, leave_out: Collection[int] = ()) -> Folder | None:
+    """Return the newest committed checkpoint's folder, or None.
+
+    Args:
+        storage: The directory.
+        before: Only steps below this one.
+        leave_out: Steps to pass over.
+
+    Raises:
+        StorageError: The directory could not be listed.
+    """
+    for folder in reversed(scan(storage)):
+        if folder.committed and folder.step not in leave_out and (before is None or folder.step < before):
+            return folder
+    return None

@@ -1,0 +1,266 @@
+"""One save: from the user's objects to a committed checkpoint.
+
+`prepare` runs on the training's thread and ends when this rank's share lies in host memory; `commit` may run on another
+thread. Both drive DCP's protocol (plan, write, finish) over `Ranks` rather than over a process group: a failure of any
+rank is then known to all, with its name, as an ordinary exception, within a bounded time.
+Invariant: the manifest is published by rank 0, after every rank's share is durable, or not at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.planner import SavePlan
+
+from distckpt import catalog, names
+from distckpt.errors import DistckptError, UsageError
+from distckpt.manifest import Layout, ObjectEntry
+from distckpt.ranks import Ranks
+from distckpt.shards import Header, RankShare, ShardSavePlanner, assemble, publish, write_share
+from distckpt.staging import Staging
+from distckpt.state import FlatObject, flatten, gathered
+from distckpt.storage import Storage
+from distckpt.tensors import DTYPES, memory
+from distckpt.values import Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRequest:
+    """What a save is told.
+
+    Attributes:
+        step: Optimizer steps completed.
+        folder: The checkpoint's folder in the storage; "" is the storage's root.
+        run: The run's name.
+        layout: Who writes: rank 0 ("full") or all ranks ("sharded").
+        rng: Whether to save the random-number generators.
+        metrics: What was measured at this step.
+        parent: The checkpoint before, as the manifest states it.
+        config: The run's configuration.
+    """
+
+    step: int
+    folder: str
+    run: str
+    layout: Layout
+    rng: bool = True
+    metrics: Mapping[str, float] | None = None
+    parent: dict[str, Json] | None = None
+    config: dict[str, Json] | None = None
+
+    @property
+    def action(self) -> str:
+        """What the ranks are doing, for errors."""
+        return f"save of step {self.step}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedSave:
+    """A save whose share of this rank lies in host memory.
+
+    Attributes:
+        request: What the save was told.
+        attempt: The save's name.
+        objects: The state's keys, flattened.
+        plan: What this rank writes.
+        planner: Gives the staged bytes of each item of the plan.
+        stage_s: Seconds that planning and staging took.
+        failure: What went wrong on this rank since the ranks agreed to save; the commit tells all.
+    """
+
+    request: SaveRequest
+    attempt: str
+    objects: tuple[FlatObject, ...]
+    plan: SavePlan
+    planner: ShardSavePlanner
+    stage_s: float
+    failure: Exception | None = None
+
+
+def prepare(state: Mapping[str, Any], request: SaveRequest, *, ranks: Ranks, staging: Staging) -> PreparedSave:
+    """Agree on a save, and copy this rank's share of the state to host memory.
+
+    Raises:
+        UnsupportedStateError: The state holds something that cannot be saved; names the key.
+        UsageError: The ranks' states do not fit together; names the key.
+        RankFailedError: A rank failed, also inside a `state_dict()`; nothing was written.
+        RankTimeoutError: A rank did not come.
+
+    Ranks: all (collective); blocks on the slowest rank, then on the copy. Training may go on after it.
+    """
+    flat: list[FlatObject] = []
+
+    def describe() -> Json:
+        flat.extend(flatten(state, rng=request.rng))
+        objects = {o.key: [o.kind, o.per_rank, "" if o.per_rank else o.fingerprint()] for o in flat}
+        return {"step": request.step, "layout": request.layout, "objects": objects}
+
+    begun = time.monotonic()
+    verdict = ranks.agree(request.action, describe, _compare)
+    own = set(verdict["per_rank"])
+    objects = tuple(o.for_rank(ranks.rank) if o.key in own else o for o in flat)
+    planner, plan, failure = ShardSavePlanner(rank=0, num_writers=1), SavePlan([]), None
+    try:
+        if request.layout == "full":
+            objects = tuple(gathered(o, keep=ranks.rank == 0) for o in objects)
+            planner, plan = _plan_full(objects, request, ranks)
+        else:
+            planner, plan = _plan_sharded(objects, ranks)
+        planner.stage(staging)
+    except (DistckptError, RuntimeError, ValueError, MemoryError) as error:
+        failure = error
+    return PreparedSave(
+        request=request,
+        attempt=verdict["attempt"],
+        objects=objects,
+        plan=plan,
+        planner=planner,
+        stage_s=time.monotonic() - begun,
+        failure=failure,
+    )
+
+
+def _compare(facts: list[Json]) -> Json:
+    """Rank 0: check that all ranks mean the same save; return its name, and the keys that differ by rank."""
+    first, per_rank = facts[0], set()
+    for rank, fact in enumerate(facts):
+        if (fact["step"], fact["layout"]) != (first["step"], first["layout"]):
+            raise UsageError(
+                problem=f"rank 0 saves step {first['step']} ({first['layout']}), "
+                f"rank {rank} step {fact['step']} ({fact['layout']})",
+                fix="call save with the same step and layout on every rank",
+            )
+        odd = fact["objects"].keys() ^ first["objects"].keys()
+        if odd:
+            raise UsageError(
+                problem=f"state key {min(odd)!r} is not on all ranks: rank 0 and rank {rank} differ",
+                fix="save the same keys on every rank; None is a value",
+            )
+        for key, (kind, own, fingerprint) in fact["objects"].items():
+            differs = fingerprint != first["objects"][key][2]
+            if differs and kind in ("module", "optimizer") and not own:
+                raise UsageError(
+                    problem=f"state key {key!r}: the {kind}s of rank 0 and rank {rank} differ in names, shapes, dtypes "
+                    "or values",
+                    fix=f'build the same {kind} on every rank, or mark it as different: "{key}": PerRank({key})',
+                )
+            if own or differs:
+                per_rank.add(key)
+    return {"attempt": names.new_attempt(), "per_rank": sorted(per_rank)}
+
+
+def _plan_sharded(objects: tuple[FlatObject, ...], ranks: Ranks) -> tuple[ShardSavePlanner, SavePlan]:
+    """Plan this rank's share where all ranks write."""
+    entries = [(o, entry) for o in objects for entry in o.entries]
+    planner = ShardSavePlanner(
+        rank=ranks.rank,
+        num_writers=ranks.world_size,
+        owners={e.name: e.owner for o, e in entries if e.owner is not None and not o.per_rank},
+        private={e.name for o, e in entries if o.per_rank},
+    )
+    planner.set_up_planner({e.name: e.tensor for _, e in entries})
+    return planner, planner.create_local_plan()
+
+
+def _plan_full(
+    objects: tuple[FlatObject, ...], request: SaveRequest, ranks: Ranks
+) -> tuple[ShardSavePlanner, SavePlan]:
+    """Plan the save by rank 0 alone, to which the others send what only they have."""
+    planner = ShardSavePlanner(rank=0, num_writers=1)
+    own = {e.name: e.tensor for o in objects if o.per_rank for e in o.entries}
+    received: dict[str, torch.Tensor] = {}
+    if any(o.per_rank for o in objects) and ranks.world_size > 1:
+
+        def receive(facts: list[Json]) -> None:
+            for fact in facts[1:]:
+                received.update({name: _from_text(body) for name, body in fact.items()})
+
+        ranks.agree(
+            request.action,
+            lambda: {name: _to_text(tensor) for name, tensor in own.items()} if ranks.rank else {},
+            receive,
+        )
+    if ranks.rank != 0:
+        planner.set_up_planner({})
+        return planner, planner.create_local_plan()
+    planner.set_up_planner({**{e.name: e.tensor for o in objects for e in o.entries}, **received})
+    return planner, planner.create_local_plan()
+
+
+def _to_text(tensor: torch.Tensor) -> Json:
+    data = memory(tensor.detach().cpu().contiguous())
+    name = next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
+    return [name, list(tensor.shape), base64.b64encode(data).decode()]
+
+
+def _from_text(body: Json) -> torch.Tensor:
+    dtype, shape, text = body
+    data = bytearray(base64.b64decode(text))
+    flat = torch.frombuffer(data, dtype=DTYPES[dtype]) if data else torch.empty(0, dtype=DTYPES[dtype])
+    return flat.reshape(shape)
+
+
+def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> None:
+    """Write this rank's share, and once every rank has, publish the manifest.
+
+    Raises:
+        RankFailedError: A rank failed; the save is abandoned, and what it wrote is removed as far as possible.
+        RankTimeoutError: A rank did not come; likewise.
+        CheckpointExistsError: The step was committed by somebody else.
+        StorageError: As the only rank, it could not be written.
+
+    Ranks: all (collective); blocks until the checkpoint is committed.
+    """
+    request = save.request
+    published = False
+
+    def write() -> Json:
+        if save.failure is not None:
+            raise save.failure
+        begun = time.monotonic()
+        share = write_share(
+            storage, request.folder, save.attempt, rank=ranks.rank, plan=save.plan, planner=save.planner
+        )
+        timings = {"stage_s": save.stage_s, "write_s": time.monotonic() - begun}
+        trees = {o.key: o.tree for o in save.objects if o.per_rank}
+        return {"share": share.to_json(), "trees": trees, "timings": timings}
+
+    def finish(facts: list[Json]) -> None:
+        nonlocal published
+        objects = {
+            o.key: ObjectEntry(
+                kind=o.kind,
+                per_rank=o.per_rank,
+                trees=tuple(fact["trees"][o.key] for fact in facts) if o.per_rank else (o.tree,),
+            )
+            for o in save.objects
+        }
+        header = Header(
+            step=request.step,
+            run=request.run,
+            attempt=save.attempt,
+            layout=request.layout,
+            world_size=ranks.world_size,
+            objects=objects,
+            metrics=request.metrics or {},
+            timings={name: max(fact["timings"][name] for fact in facts) for name in facts[0]["timings"]},
+            parent=request.parent,
+            config=request.config,
+        )
+        manifest = assemble(header, [RankShare.from_json(fact["share"]) for fact in facts])
+        published = True  # from here on it may be there, whatever is raised
+        publish(storage, request.folder, manifest)
+
+    try:
+        ranks.agree(request.action, write, finish)
+    except BaseException:
+        if ranks.rank == 0 and not published:
+            with contextlib.suppress(Exception):
+                catalog.remove_attempt(storage, request.folder, save.attempt)
+        raise

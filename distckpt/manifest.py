@@ -1,0 +1,329 @@
+"""The manifest: the JSON file that makes a checkpoint, and the facts in it.
+
+Invariant: what `parse` returns is whole and consistent. It is treated as hostile input until then: the digest, every
+type, every name, and that each chunk lies inside its file and inside its tensor are checked before anything is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from distckpt import names
+from distckpt.checksum import digest, is_digest
+from distckpt.errors import CheckpointDamagedError, FormatVersionError
+from distckpt.safetensors import ITEM_BYTES
+from distckpt.values import Json, references
+
+FORMAT = 1
+MAX_BYTES = 1 << 30
+Layout = Literal["full", "sharded"]
+
+# The digest of all bytes before it, as the last key: "xxh3" sorts behind every other.
+_SEAL = re.compile(rb',"xxh3":"([0-9a-f]{32})"}\n')
+_SEAL_BYTES = len(b',"xxh3":"') + 32 + len(b'"}\n')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A run of bytes of a data file, with their digest; a file's segments, in order, are all of its bytes."""
+
+    num_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFile:
+    """One data file.
+
+    Attributes:
+        name: Relative to the checkpoint's folder.
+        rank: The rank that wrote it.
+        num_bytes: Its size.
+        segments: Its digests.
+    """
+
+    name: str
+    rank: int
+    num_bytes: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A box of a tensor, and where its bytes lie, row by row.
+
+    Attributes:
+        file: Index into `Manifest.files`.
+        offset: Where its bytes begin, from the file's start.
+        start: The box's first index in each dimension.
+        shape: The box's size in each dimension.
+    """
+
+    file: int
+    offset: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """One tensor; its chunks do not overlap and together are all of it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The tensor's size in bytes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectEntry:
+    """One key of the state.
+
+    Attributes:
+        kind: "module", "optimizer", "stateful" or "value".
+        trees: The object as JSON (see `values`): one tree for all ranks, or, if `per_rank`, one for each rank.
+        per_rank: Whether it differs from rank to rank.
+    """
+
+    kind: str
+    trees: tuple[Json, ...]
+    per_rank: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All that is known of one checkpoint.
+
+    Attributes:
+        step: Optimizer steps completed.
+        run: The name of the run, the same over all its restarts.
+        attempt: The name of the save; its data files lie in the folder of that name.
+        layout: "full" or "sharded".
+        world_size: The number of ranks that saved it.
+        created: When it was committed, in seconds since 1970.
+        writer: Who committed it: {"host": ..., "pid": ...}.
+        files: The data files.
+        tensors: Tensor entries by name.
+        objects: The state's keys.
+        metrics: What the caller measured at this step.
+        versions: Of distckpt, torch and Python.
+        timings: Seconds that the save's parts took on the slowest rank.
+        parent: {"step": ..., "attempt": ...} of the checkpoint that the run restored or saved before, or None.
+        config: The run's configuration, if the caller gave one.
+    """
+
+    step: int
+    run: str
+    attempt: str
+    layout: Layout
+    world_size: int
+    created: float
+    writer: dict[str, Json]
+    files: tuple[DataFile, ...]
+    tensors: dict[str, TensorEntry]
+    objects: dict[str, ObjectEntry]
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    parent: dict[str, Json] | None = None
+    config: dict[str, Json] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all data files, in bytes."""
+        return sum(file.num_bytes for file in self.files)
+
+
+def serialize(manifest: Manifest) -> bytes:
+    """Return the manifest's file: JSON with sorted keys, sealed by a digest of itself."""
+    body = {
+        "attempt": manifest.attempt,
+        "config": manifest.config,
+        "created": manifest.created,
+        "files": [_file_to_json(file) for file in manifest.files],
+        "format": FORMAT,
+        "layout": manifest.layout,
+        "metrics": {name: _float_to_json(value) for name, value in manifest.metrics.items()},
+        "objects": {
+            key: {"kind": entry.kind, "per_rank": entry.per_rank, "trees": list(entry.trees)}
+            for key, entry in manifest.objects.items()
+        },
+        "parent": manifest.parent,
+        "run": manifest.run,
+        "step": manifest.step,
+        "tensors": {name: _tensor_to_json(entry) for name, entry in manifest.tensors.items()},
+        "timings": manifest.timings,
+        "versions": manifest.versions,
+        "world_size": manifest.world_size,
+        "writer": manifest.writer,
+    }
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()[:-1]
+    return text + f',"xxh3":"{digest(text)}"}}\n'.encode()
+
+
+def parse(data: bytes, *, path: str) -> Manifest:
+    """Return the manifest in `data`.
+
+    Args:
+        data: The file's bytes.
+        path: The checkpoint's folder, for errors.
+
+    Raises:
+        CheckpointDamagedError: The bytes are not the ones that were written, or contradict themselves.
+        FormatVersionError: It is of a newer format.
+    """
+    try:
+        body = _unseal(data)
+        version = _integer(body["format"])
+        if version > FORMAT:
+            raise FormatVersionError(path=path, found=version, supported=FORMAT)
+        manifest = _from_body(body)
+        _check(manifest)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        if isinstance(error, FormatVersionError):
+            raise
+        problem = f"is missing {error}" if isinstance(error, KeyError) else f"is no whole manifest: {error}"
+        raise CheckpointDamagedError(path=path, file=names.MANIFEST, problem=problem) from error
+    return manifest
+
+
+def _unseal(data: bytes) -> dict[str, Any]:
+    text, seal = data[:-_SEAL_BYTES], _SEAL.fullmatch(data[-_SEAL_BYTES:])
+    if seal is None:
+        raise ValueError(f"its {len(data):,} bytes do not end in a digest")
+    if digest(text) != seal[1].decode():
+        raise ValueError("its digest does not fit its bytes")
+    body = json.loads(data)
+    if not isinstance(body, dict):
+        raise ValueError("it is no JSON object")
+    return body
+
+
+def _from_body(body: dict[str, Any]) -> Manifest:
+    layout = body["layout"]
+    if layout not in ("full", "sharded"):
+        raise ValueError(f"unknown layout {layout!r}")
+    return Manifest(
+        step=_integer(body["step"]),
+        run=_text(body["run"]),
+        attempt=names.checked(_text(body["attempt"])),
+        layout=layout,
+        world_size=_integer(body["world_size"], least=1),
+        created=float(body["created"]),
+        writer=_mapping(body["writer"]),
+        files=tuple(_file_from_json(file) for file in body["files"]),
+        tensors={_text(name): _tensor_from_json(entry) for name, entry in _mapping(body["tensors"]).items()},
+        objects={key: _object_from_json(entry) for key, entry in _mapping(body["objects"]).items()},
+        metrics={name: float(value) for name, value in _mapping(body["metrics"]).items()},
+        versions=_mapping(body["versions"]),
+        timings=_mapping(body["timings"]),
+        parent=None if body["parent"] is None else _mapping(body["parent"]),
+        config=None if body["config"] is None else _mapping(body["config"]),
+    )
+
+
+def _check(manifest: Manifest) -> None:
+    """Check what the parts claim about each other."""
+    seen = [file.name for file in manifest.files]
+    if len(set(seen)) != len(seen):
+        raise ValueError("two data files have one name")
+    for name, entry in manifest.tensors.items():
+        covered = 0
+        for chunk in entry.chunks:
+            num_bytes = math.prod(chunk.shape) * ITEM_BYTES[entry.dtype]
+            inside = all(
+                first + size <= whole for first, size, whole in zip(chunk.start, chunk.shape, entry.shape, strict=True)
+            )
+            if not inside or chunk.offset + num_bytes > manifest.files[chunk.file].num_bytes:
+                raise ValueError(f"a chunk of {name!r} lies outside its tensor or its file")
+            covered += num_bytes
+        if covered != entry.num_bytes:
+            raise ValueError(f"the chunks of {name!r} hold {covered:,} bytes of {entry.num_bytes:,}")
+    for key, entry_of_key in manifest.objects.items():
+        if len(entry_of_key.trees) != (manifest.world_size if entry_of_key.per_rank else 1):
+            raise ValueError(f"state key {key!r} has {len(entry_of_key.trees)} trees")
+        for name in references(list(entry_of_key.trees)):
+            if name not in manifest.tensors:
+                raise ValueError(f"state key {key!r} refers to {name!r}, which is not there")
+
+
+def _file_to_json(file: DataFile) -> Json:
+    segments = [[segment.num_bytes, segment.digest] for segment in file.segments]
+    return {"bytes": file.num_bytes, "name": file.name, "rank": file.rank, "segments": segments}
+
+
+def _file_from_json(body: Json) -> DataFile:
+    segments = []
+    for num_bytes, hexadecimal in body["segments"]:
+        if not is_digest(hexadecimal):
+            raise ValueError("a segment's digest is malformed")
+        segments.append(Segment(num_bytes=_integer(num_bytes, least=1), digest=hexadecimal))
+    size = _integer(body["bytes"])
+    if sum(segment.num_bytes for segment in segments) != size:
+        raise ValueError(f"the digests of {body['name']!r} do not cover it")
+    name = names.checked(_text(body["name"]))
+    return DataFile(name=name, rank=_integer(body["rank"]), num_bytes=size, segments=tuple(segments))
+
+
+def _tensor_to_json(entry: TensorEntry) -> Json:
+    chunks = [[c.file, c.offset, list(c.start), list(c.shape)] for c in entry.chunks]
+    return {"chunks": chunks, "dtype": entry.dtype, "shape": list(entry.shape)}
+
+
+def _tensor_from_json(body: Json) -> TensorEntry:
+    dtype = _text(body["dtype"])
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"unknown dtype {dtype[:40]!r}")
+    chunks = tuple(
+        Chunk(file=_integer(file), offset=_integer(offset), start=_sizes(start), shape=_sizes(shape))
+        for file, offset, start, shape in body["chunks"]
+    )
+    return TensorEntry(dtype=dtype, shape=_sizes(body["shape"]), chunks=chunks)
+
+
+def _object_from_json(body: Json) -> ObjectEntry:
+    if not isinstance(body["per_rank"], bool) or not isinstance(body["trees"], list):
+        raise ValueError("a state key's entry is malformed")
+    return ObjectEntry(kind=_text(body["kind"]), trees=tuple(body["trees"]), per_rank=body["per_rank"])
+
+
+def _float_to_json(value: float) -> Json:
+    return value if math.isfinite(value) else repr(value)
+
+
+def _integer(value: Any, *, least: int = 0) -> int:
+    if type(value) is not int or value < least or value >= 1 << 62:
+        raise ValueError(f"{value!r:.40} is no integer from {least} on")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.40} is no text")
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.40} is no mapping")
+    return value
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    return tuple(_integer(size) for size in value)

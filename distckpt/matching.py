@@ -1,0 +1,292 @@
+"""What of a checkpoint goes where in the state, and everything that does not fit, found before anything is changed."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from distckpt import names
+from distckpt.errors import UsageError
+from distckpt.manifest import Manifest, TensorEntry
+from distckpt.rng import RandomState
+from distckpt.state import Slot, kind_of, module_state, slots
+from distckpt.tensors import DTYPE_NAMES, DTYPES
+from distckpt.values import Json, decode
+
+# Optimizer states that have their parameter's shape.
+_ELEMENTWISE = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta"),
+    *("sum", "exp_inf", "ax", "prev", "step_size"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A tensor entry's name, standing in a decoded value for its tensor."""
+
+    name: str
+    array: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One object of the state, and the tree of the checkpoint that goes into it.
+
+    Attributes:
+        slot: The object, and where it stands in the state.
+        content: The decoded value, with a `Reference` for each tensor.
+        whole: Whether it is all of the object; else some of a module's entries are left as they are.
+    """
+
+    slot: Slot
+    content: Any
+    whole: bool = True
+
+
+@dataclass(slots=True)
+class Match:
+    """What of a checkpoint goes where.
+
+    Attributes:
+        parts: The objects to load, in the state's order, the random-number generators last.
+        problems: What does not fit, a line each.
+        likes: For tensors of which the state holds just a part (DTensors): the state's tensor, by the entry's name.
+        kept: Keys of per-rank state of which the checkpoint has nothing for this rank.
+    """
+
+    parts: list[Part] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    likes: dict[str, torch.Tensor] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+
+    def wanted(self) -> list[str]:
+        """Return the names of all tensor entries that have to be read."""
+        found: dict[str, None] = {}
+        for part in self.parts:
+            for reference in _references(part.content):
+                found[reference.name] = None
+        return list(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which entries to load: shell patterns over their names; a name also stands for everything below it."""
+
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def takes(self, name: str) -> bool:
+        """Say whether the entry of this name is to be loaded."""
+        return (not self.only or _any(self.only, name)) and not _any(self.skip, name)
+
+    def check(self, known: Sequence[str]) -> None:
+        """Refuse a pattern that fits nothing: it is a slip.
+
+        Raises:
+            UsageError: Names the pattern.
+        """
+        for pattern in (*self.skip, *self.only):
+            if not any(_any((pattern,), name) for name in known):
+                raise UsageError(
+                    problem=f"the pattern {pattern!r} fits no entry of the checkpoint or the state",
+                    fix=f"entries are named like {known[0]!r}" if known else None,
+                )
+
+
+def _any(patterns: Sequence[str], name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
+
+
+def match(state: Mapping[str, Any], manifest: Manifest, *, rank: int, selection: Selection, rng: bool) -> Match:
+    """Return what of a checkpoint goes where in `state`; changes nothing.
+
+    Raises:
+        UsageError: The state is malformed, or a pattern fits nothing.
+
+    Ranks: any.
+    """
+    result = Match()
+    known: list[str] = []
+    seen = set()
+    for slot in slots(state):
+        seen.add(slot.key)
+        entry = manifest.objects.get(slot.key)
+        known.append(slot.key)
+        if entry is None:
+            if selection.takes(slot.key):
+                result.problems.append(f"missing in the checkpoint: {slot.key}")
+            continue
+        tree = _tree_of(entry.trees, rank=rank, per_rank=entry.per_rank)
+        if tree is None:
+            result.kept.append(slot.key)
+            continue
+        content = decode(tree, lambda tag, name: Reference(name=name, array=tag == "$array"))
+        known += _names_below(slot, content)
+        _match_slot(slot, content, manifest, selection, result)
+    for key, entry in manifest.objects.items():
+        known.append(key)
+        if key not in seen and key != names.RNG and selection.takes(key) and not _is_part_of(key, selection):
+            result.problems.append(f"not in the state: {key} ({entry.kind})")
+    _match_rng(manifest, rank, selection, result, rng=rng)
+    selection.check(known)
+    return result
+
+
+def _match_rng(manifest: Manifest, rank: int, selection: Selection, result: Match, *, rng: bool) -> None:
+    entry = manifest.objects.get(names.RNG)
+    if entry is None or not rng or not selection.takes(names.RNG):
+        return
+    tree = _tree_of(entry.trees, rank=rank, per_rank=entry.per_rank)
+    if tree is not None:
+        slot = Slot(key=names.RNG, value=RandomState(), per_rank=True, parent=None, place=None)
+        content = decode(tree, lambda tag, name: Reference(name=name, array=tag == "$array"))
+        result.parts.append(Part(slot=slot, content=content))
+
+
+def _is_part_of(key: str, selection: Selection) -> bool:
+    """Say whether `only` picks single entries below `key`, so that the key as a whole is not meant."""
+    return bool(selection.only) and not _any(selection.only, key)
+
+
+def _tree_of(trees: Sequence[Json], *, rank: int, per_rank: bool) -> Json | None:
+    if not per_rank:
+        return trees[0]
+    return trees[rank] if rank < len(trees) else None
+
+
+def _names_below(slot: Slot, content: Any) -> list[str]:
+    if isinstance(content, dict):
+        return [f"{slot.key}.{name}" for name in content]
+    return []
+
+
+def _match_slot(slot: Slot, content: Any, manifest: Manifest, selection: Selection, result: Match) -> None:
+    found = kind_of(slot.value)
+    if found == "module":
+        _match_module(slot, content, manifest, selection, result)
+        return
+    below = _names_below(slot, content) or [slot.key]
+    taken = [name for name in below if selection.takes(name)]
+    if not taken:
+        return
+    whole = len(taken) == len(below)
+    if not whole and (found != "value" or not isinstance(slot.value, dict)):
+        result.problems.append(f"{slot.key}: patterns can pick parts of modules and dicts, not of this {found}")
+        return
+    if not whole:
+        content = {name: item for name, item in content.items() if f"{slot.key}.{name}" in taken}
+    if found == "optimizer":
+        _match_optimizer(slot, content, manifest, result)
+    elif found == "value":
+        _match_value(slot.key, slot.value, content, manifest, result)
+    result.parts.append(Part(slot=slot, content=content, whole=whole))
+
+
+def _match_module(slot: Slot, content: Any, manifest: Manifest, selection: Selection, result: Match) -> None:
+    module: nn.Module = slot.value
+    if not isinstance(content, dict):
+        result.problems.append(f"{slot.key}: the checkpoint holds a {type(content).__name__}, the state a module")
+        return
+    expected, _ = module_state(module)
+    chosen: dict[str, Any] = {}
+    for name, target in expected.items():
+        full = f"{slot.key}.{name}"
+        if not selection.takes(full):
+            continue
+        if name not in content:
+            result.problems.append(f"missing in the checkpoint: {full}{_facts(target)}")
+            continue
+        stored = content[name]
+        chosen[name] = stored
+        if isinstance(target, torch.Tensor) and isinstance(stored, Reference):
+            _compare(full, target, manifest.tensors[stored.name], result)
+            _remember(stored, target, result)
+        elif isinstance(target, torch.Tensor) or isinstance(stored, Reference):
+            result.problems.append(f"{full}: a tensor on one side, a value on the other")
+    for name, stored in content.items():
+        full = f"{slot.key}.{name}"
+        if name not in expected and selection.takes(full):
+            entry = manifest.tensors[stored.name] if isinstance(stored, Reference) else None
+            result.problems.append(f"not in the state: {full}{_stored_facts(entry)}")
+    if chosen or not expected:
+        result.parts.append(Part(slot=slot, content=chosen, whole=len(chosen) == len(expected)))
+
+
+def _match_optimizer(slot: Slot, content: Any, manifest: Manifest, result: Match) -> None:
+    optimizer: torch.optim.Optimizer = slot.value
+    saved = content.get("param_groups") if isinstance(content, dict) else None
+    if not isinstance(saved, list) or not all(isinstance(group, dict) and "params" in group for group in saved):
+        result.problems.append(f"{slot.key}: the checkpoint holds no optimizer state")
+        return
+    here = [len(group["params"]) for group in optimizer.param_groups]
+    there = [len(group["params"]) for group in saved]
+    if here != there:
+        result.problems.append(
+            f"{slot.key}: the checkpoint has {len(there)} parameter groups of {there} parameters, "
+            f"the optimizer {len(here)} of {here}"
+        )
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    order = [index for group in saved for index in group["params"]]
+    for index, parameter in zip(order, parameters, strict=True):
+        for name, stored in content["state"].get(index, {}).items():
+            if not isinstance(stored, Reference):
+                continue
+            shape = manifest.tensors[stored.name].shape
+            if shape == tuple(parameter.shape):
+                _remember(stored, parameter, result)
+            elif name in _ELEMENTWISE:
+                result.problems.append(
+                    f"{stored.name}: the checkpoint holds {shape}, its parameter is {tuple(parameter.shape)}"
+                )
+
+
+def _match_value(key: str, value: Any, content: Any, manifest: Manifest, result: Match) -> None:
+    """Compare the tensors that stand at the same place on both sides."""
+    if isinstance(value, torch.Tensor) and isinstance(content, Reference):
+        _compare(key, value, manifest.tensors[content.name], result)
+        _remember(content, value, result)
+    elif isinstance(value, torch.Tensor):
+        result.problems.append(f"{key}: the state has a tensor here, the checkpoint a {type(content).__name__}")
+    elif isinstance(value, dict) and isinstance(content, dict):
+        for name in value.keys() & content.keys():
+            _match_value(f"{key}.{name}", value[name], content[name], manifest, result)
+    elif isinstance(value, (list, tuple)) and isinstance(content, (list, tuple)):
+        for index, (one, other) in enumerate(zip(value, content, strict=False)):
+            _match_value(f"{key}.{index}", one, other, manifest, result)
+
+
+def _remember(stored: Reference, target: torch.Tensor, result: Match) -> None:
+    if isinstance(target, DTensor):
+        result.likes[stored.name] = target
+
+
+def _compare(name: str, target: torch.Tensor, entry: TensorEntry, result: Match) -> None:
+    if tuple(target.shape) != entry.shape or DTYPE_NAMES.get(target.dtype) != entry.dtype:
+        result.problems.append(f"{name}: the checkpoint holds{_stored_facts(entry)}, the state expects{_facts(target)}")
+
+
+def _facts(target: Any) -> str:
+    if not isinstance(target, torch.Tensor):
+        return ""
+    return f" {tuple(target.shape)} {str(target.dtype).removeprefix('torch.')}"
+
+
+def _stored_facts(entry: TensorEntry | None) -> str:
+    return "" if entry is None else f" {entry.shape} {str(DTYPES[entry.dtype]).removeprefix('torch.')}"
+
+
+def _references(content: Any) -> list[Reference]:
+    if isinstance(content, Reference):
+        return [content]
+    if isinstance(content, dict):
+        return [found for item in content.values() for found in _references(item)]
+    if isinstance(content, (list, tuple)):
+        return [found for item in content for found in _references(item)]
+    return []

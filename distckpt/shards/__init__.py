@@ -1,0 +1,27 @@
+"""Shards: distckpt's storage writer, storage reader and planners for `torch.distributed.checkpoint` (DCP).
+
+They are the engine of every save and restore here, and work with DCP's own entry points as well:
+
+    dcp.save(state, storage_writer=ShardWriter(path), planner=ShardSavePlanner())
+    dcp.load(state, storage_reader=ShardReader(path), planner=ShardLoadPlanner())
+
+Invariant: nothing on storage is pickled. Values lie there as JSON, tensors as raw bytes.
+"""
+
+from distckpt.shards.planners import ShardLoadPlanner, ShardSavePlanner
+from distckpt.shards.reader import ShardReader, read_plan
+from distckpt.shards.share import Header, RankShare, assemble, publish
+from distckpt.shards.writer import ShardWriter, write_share
+
+__all__ = [
+    "Header",
+    "RankShare",
+    "ShardLoadPlanner",
+    "ShardReader",
+    "ShardSavePlanner",
+    "ShardWriter",
+    "assemble",
+    "publish",
+    "read_plan",
+    "write_share",
+]

@@ -1,0 +1,254 @@
+"""Reading what a plan asks for, checked, and DCP's storage reader on top of it."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from distckpt import catalog, datafiles, names
+from distckpt.manifest import Chunk, Manifest, TensorEntry
+from distckpt.safetensors import ITEM_BYTES
+from distckpt.storage import Storage, open_storage
+from distckpt.tensors import DTYPES, memory
+from distckpt.values import Json, decode
+
+
+@dataclass(slots=True)
+class _Read:
+    """Rows of a chunk on their way: the bytes go to `rows`, and from there, if need be, to `target`."""
+
+    rows: torch.Tensor
+    target: torch.Tensor | None
+    read_range: datafiles.Range
+
+
+def read_plan(storage: Storage, folder: str, manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> None:
+    """Read the tensors of a rank's plan into what the planner resolves them to; every byte is checked on the way.
+
+    Args:
+        storage: The storage.
+        folder: The checkpoint's folder in it.
+        manifest: The checkpoint's manifest.
+        plan: What to read.
+        planner: Gives the tensor that each item fills; on any device. Contiguous CPU memory is read into directly.
+
+    Raises:
+        CheckpointDamagedError: Bytes are missing or wrong; the planner's tensors are then undefined.
+        StorageError: A file could not be read.
+
+    Ranks: any.
+    """
+    path = names.join(storage.url, folder)
+    reads: dict[int, list[_Read]] = {}
+    known = all(item.storage_index.fqn in manifest.tensors for item in plan.items)
+    aliases = {} if known else _aliases(manifest)
+    for item in plan.items:
+        if item.type == LoadItemType.TENSOR:
+            entry, chunk = _stored(manifest, item, aliases)
+            read = _prepare(item, entry, chunk, planner.resolve_tensor(item).detach())
+            reads.setdefault(chunk.file, []).append(read)
+    for file_index, of_file in sorted(reads.items()):
+        file = manifest.files[file_index]
+        ranges = [read.read_range for read in of_file]
+        datafiles.read_ranges(storage, folder, file, ranges, path=path, step=manifest.step)
+        for read in of_file:
+            if read.target is not None:
+                read.target.copy_(read.rows)
+    for item in plan.items:
+        if item.type == LoadItemType.TENSOR:
+            planner.commit_tensor(item, planner.resolve_tensor(item))
+
+
+def _stored(manifest: Manifest, item: ReadItem, aliases: Mapping[str, str]) -> tuple[TensorEntry, Chunk]:
+    entry = manifest.tensors[aliases.get(item.storage_index.fqn, item.storage_index.fqn)]
+    start = tuple(item.storage_index.offset or ())
+    if item.storage_index.index is not None and item.storage_index.index < len(entry.chunks):
+        hinted = entry.chunks[item.storage_index.index]
+        if hinted.start == start:
+            return entry, hinted
+    return entry, next(chunk for chunk in entry.chunks if chunk.start == start)
+
+
+def _prepare(item: ReadItem, entry: TensorEntry, chunk: Chunk, target: torch.Tensor) -> _Read:
+    """Return the read of the rows of `chunk` that hold what `item` asks for."""
+    first, lengths = tuple(item.storage_offsets), tuple(item.lengths)
+    row_bytes = math.prod(chunk.shape[1:]) * ITEM_BYTES[entry.dtype]
+    rows_shape = (lengths[0], *chunk.shape[1:]) if chunk.shape else ()
+    begin = chunk.offset + (first[0] * row_bytes if first else 0)
+    direct = (
+        rows_shape == tuple(target.shape)
+        and target.device.type == "cpu"
+        and target.is_contiguous()
+        and type(target) in (torch.Tensor, torch.nn.Parameter)
+    )
+    rows = target if direct else torch.empty(rows_shape, dtype=DTYPES[entry.dtype])
+    read_range = datafiles.Range(begin=begin, into=memory(rows))
+    if direct:
+        return _Read(rows=rows, target=None, read_range=read_range)
+    box = rows
+    for dim in range(1, len(lengths)):
+        box = box.narrow(dim, first[dim], lengths[dim])
+    return _Read(rows=box, target=target, read_range=read_range)
+
+
+class ShardReader(StorageReader):
+    """DCP's storage reader for one distckpt checkpoint.
+
+    Args:
+        path: The checkpoint's folder, or that of a run, whose newest checkpoint is then meant; a path or URL.
+        storage_options: For the file system of the URL, as fsspec takes them.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> None:
+        self._path = path
+        self._storage_options = storage_options
+        self._opened: tuple[Storage, str, Manifest] | None = None
+
+    def _open(self) -> tuple[Storage, str, Manifest]:
+        if self._opened is None:
+            storage = open_storage(self._path, storage_options=self._storage_options)
+            folder, manifest = catalog.locate(storage)
+            self._opened = storage, folder, manifest
+        return self._opened
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a new load; a `checkpoint_id` that DCP was given takes the path's place."""
+        if checkpoint_id is not None:
+            self._path = checkpoint_id
+        self._opened = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the checkpoint's contents in DCP's terms.
+
+        Raises:
+            CheckpointNotFoundError: There is no checkpoint.
+            CheckpointDamagedError: Its manifest is not whole.
+        """
+        return to_metadata(self._open()[2])
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Remember nothing: every rank reads the manifest."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's part.
+
+        Raises:
+            CheckpointDamagedError: Bytes are missing or wrong.
+            StorageError: A file could not be read.
+        """
+        storage, folder, manifest = self._open()
+        read_plan(storage, folder, manifest, plan, planner)
+        nodes = dict(_nodes(manifest))
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                # DCP's planner unpickles what it gets here; it gets what was pickled in this line.
+                buffer = io.BytesIO()
+                torch.save(decode(nodes[item.storage_index.fqn], _no_tensor), buffer)
+                buffer.seek(0)
+                planner.load_bytes(item, buffer)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Say whether DCP may choose this reader by the path alone: no, it has to be asked for."""
+        return False
+
+
+def to_metadata(manifest: Manifest) -> Metadata:
+    """Return a manifest's contents in DCP's terms.
+
+    Ranks: any.
+    """
+    tensors = {name: _to_dcp(entry) for name, entry in manifest.tensors.items()}
+    aliases = {name: tensors[stored] for name, stored in _aliases(manifest).items()}
+    values = {name: BytesStorageMetadata() for name, _ in _nodes(manifest)}
+    return Metadata(
+        state_dict_metadata={**values, **aliases, **tensors},
+        storage_data={
+            MetadataIndex(name, torch.Size(chunk.start)): chunk
+            for name, entry in manifest.tensors.items()
+            for chunk in entry.chunks
+        },
+        storage_meta=StorageMeta(),
+    )
+
+
+def _to_dcp(entry: TensorEntry) -> TensorStorageMetadata:
+    chunks = [ChunkStorageMetadata(offsets=torch.Size(c.start), sizes=torch.Size(c.shape)) for c in entry.chunks]
+    properties = TensorProperties(dtype=DTYPES[entry.dtype])
+    return TensorStorageMetadata(properties=properties, size=torch.Size(entry.shape), chunks=chunks)
+
+
+def _aliases(manifest: Manifest) -> dict[str, str]:
+    """Return the names under which a tensor stands a second time in the state: tied weights."""
+    found = {}
+    for name, tree in _nodes(manifest, with_tensors=True):
+        if isinstance(tree, dict) and "$tensor" in tree and tree["$tensor"] != name:
+            found[name] = tree["$tensor"]
+    return found
+
+
+def _nodes(manifest: Manifest, *, with_tensors: bool = False) -> Iterator[tuple[str, Json]]:
+    """Yield (name, JSON) of every value in the state, containers included, that holds no tensor."""
+    for key, entry in manifest.objects.items():
+        if not entry.per_rank:
+            yield from _subtrees(key, entry.trees[0], with_tensors=with_tensors)
+
+
+def _subtrees(name: str, tree: Json, *, with_tensors: bool) -> Iterator[tuple[str, Json]]:
+    body, tag = tree, ""
+    if isinstance(tree, dict) and len(tree) == 1 and (tag := next(iter(tree))).startswith("$"):
+        body = tree[tag]
+    if tag in ("$tensor", "$array"):
+        if with_tensors:
+            yield name, tree
+        return
+    if with_tensors or not _has_tensor(tree):
+        yield name, tree
+    if tag in ("$dict", "$counter"):
+        for part, item in body:
+            yield from _subtrees(f"{name}.{decode(part, _no_tensor)}", item, with_tensors=with_tensors)
+    elif isinstance(body, list) and tag in ("", "$tuple"):
+        for index, item in enumerate(body):
+            yield from _subtrees(f"{name}.{index}", item, with_tensors=with_tensors)
+    elif isinstance(body, dict):
+        for part, item in body.items():
+            yield from _subtrees(f"{name}.{part}", item, with_tensors=with_tensors)
+
+
+def _has_tensor(tree: Json) -> bool:
+    if isinstance(tree, list):
+        return any(_has_tensor(item) for item in tree)
+    return isinstance(tree, dict) and any(tag in ("$tensor", "$array") or _has_tensor(i) for tag, i in tree.items())
+
+
+def _no_tensor(tag: str, name: str) -> Any:
+    raise ValueError(f"{tag} {name!r} where a value is expected")

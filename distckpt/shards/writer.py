@@ -1,0 +1,216 @@
+"""Writing a rank's share, and DCP's storage writer on top of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from distckpt import datafiles, names
+from distckpt.errors import UnsupportedStateError, UsageError
+from distckpt.manifest import ObjectEntry
+from distckpt.plan import Block, in_file_order
+from distckpt.safetensors import Piece
+from distckpt.shards.share import Header, RankShare, assemble, publish
+from distckpt.storage import Storage, open_storage
+from distckpt.tensors import DTYPE_NAMES, memory
+from distckpt.values import Json, encode
+
+
+def write_share(
+    storage: Storage, folder: str, attempt: str, *, rank: int, plan: SavePlan, planner: SavePlanner
+) -> RankShare:
+    """Write the tensors of a rank's plan to its data file, and return what was written; durable when this returns.
+
+    Args:
+        storage: The storage.
+        folder: The checkpoint's folder in it.
+        attempt: The save's name.
+        rank: This rank.
+        plan: What to write.
+        planner: Gives the data of each item; tensors on any device.
+
+    Raises:
+        StorageError: It could not be written; the file is not there.
+
+    Ranks: any.
+    """
+    items = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
+    if not items:
+        return RankShare(file=None, blocks=(), offsets=())
+    by_block = {}
+    for item in items:
+        facts = item.tensor_data
+        if facts is None:
+            raise AssertionError(f"{item.index.fqn}: a tensor's item without its facts")
+        block = Block(
+            name=item.index.fqn,
+            dtype=DTYPE_NAMES[facts.properties.dtype],
+            whole=tuple(facts.size),
+            start=tuple(facts.chunk.offsets),
+            shape=tuple(facts.chunk.sizes),
+        )
+        by_block[block] = item
+    blocks = in_file_order(list(by_block))
+    pieces = [Piece(name=block.stored_name, dtype=block.dtype, shape=block.shape) for block in blocks]
+    tensors = [cast(torch.Tensor, planner.resolve_data(by_block[block])) for block in blocks]
+    name = names.rank_file(attempt, rank)
+    file, offsets = datafiles.write(
+        storage,
+        folder,
+        name,
+        rank=rank,
+        pieces=pieces,
+        data=[memory(tensor.detach().cpu().contiguous()) for tensor in tensors],
+    )
+    storage.sync([names.join(folder, name)])
+    return RankShare(file=file, blocks=tuple(blocks), offsets=tuple(offsets))
+
+
+class ShardWriter(StorageWriter):
+    """DCP's storage writer for one distckpt checkpoint.
+
+    The checkpoint is committed, or not there at all; an existing one is never overwritten.
+
+    Args:
+        path: The checkpoint's folder, as a path or URL. A name like "step-000000001000" states its step.
+        storage_options: For the file system of the URL, as fsspec takes them.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> None:
+        self._storage_options = storage_options
+        self._path = path
+        self._storage: Storage | None = None
+        self._attempt = ""
+
+    @property
+    def storage(self) -> Storage:
+        """The checkpoint's folder, opened at first use."""
+        if self._storage is None:
+            self._storage = open_storage(self._path, storage_options=self._storage_options)
+        return self._storage
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a new save; a `checkpoint_id` that DCP was given takes the path's place."""
+        if checkpoint_id is not None:
+            self._path, self._storage = checkpoint_id, None
+        self._attempt = ""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Remember nothing: every rank writes."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Give the save a name that no other has, known to all ranks."""
+        attempt = names.new_attempt()
+        return [replace(plan, storage_data=attempt) for plan in plans]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's share.
+
+        Raises:
+            StorageError: It could not be written.
+            UnsupportedStateError: A value cannot be saved; names the key.
+        """
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        share = write_share(self.storage, "", plan.storage_data, rank=rank, plan=plan, planner=planner)
+        values = {
+            item.index.fqn: encode(_value(item, planner), item.index.fqn, lambda _key, _value: None)
+            for item in plan.items
+            if item.type == WriteItemType.BYTE_IO
+        }
+        written = (plan.storage_data, share, values)
+        done: Future[list[WriteResult]] = Future()
+        # One result carries all: what a rank wrote is known as a whole, not tensor by tensor.
+        done.set_result(
+            [
+                WriteResult(index=item.index, size_in_bytes=0, storage_data=written if number == 0 else None)
+                for number, item in enumerate(plan.items)
+            ]
+        )
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit.
+
+        Raises:
+            CheckpointExistsError: There is a checkpoint in this folder already.
+            StorageError: The manifest could not be published.
+        """
+        written = [rank_results[0].storage_data for rank_results in results if rank_results]
+        values: dict[str, Json] = {}
+        for _, _, rank_values in written:
+            values.update(rank_values)
+        shares = [share for _, share, _ in written]
+        folder = self.storage.url.rstrip("/").rpartition("/")[2]
+        header = Header(
+            step=names.parse_step(folder) or 0,
+            run=names.new_attempt(),
+            attempt=written[0][0] if written else names.new_attempt(),
+            layout="sharded",
+            world_size=len(results),
+            objects=_objects(metadata, shares, values),
+        )
+        publish(self.storage, "", assemble(header, shares))
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Return where the checkpoint lies."""
+        return StorageMeta(checkpoint_id=str(self._path))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Say whether DCP may choose this writer by the path alone: no, it has to be asked for."""
+        return False
+
+
+def _value(item: Any, planner: SavePlanner) -> Any:
+    """Return the plain value of an item: DCP's own planner would hand over a pickle of it."""
+    lookup = getattr(planner, "lookup_object", None)
+    if lookup is None:
+        raise UnsupportedStateError(
+            key=item.index.fqn,
+            problem=f"comes from a {type(planner).__name__}, which pickles values",
+            fix="dcp.save(..., planner=distckpt.shards.ShardSavePlanner())",
+        )
+    return lookup(item.index)
+
+
+def _objects(metadata: Metadata, shares: list[RankShare], values: Mapping[str, Json]) -> dict[str, ObjectEntry]:
+    """Return the state's keys as trees, from the flat names and the paths that DCP's planner kept for them."""
+    paths: Mapping[str, tuple[Any, ...]] = metadata.planner_data or {}
+    flat: dict[str, Json] = {block.name: {"$tensor": block.name} for share in shares for block in share.blocks}
+    flat.update(values)
+    roots: dict[str, Any] = {}
+    for name in sorted(flat):
+        path = paths.get(name, (name,))
+        node: Any = roots
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        if path[-1] in node:
+            raise UsageError(problem=f"two entries of the state have the name {name!r}")
+        node[path[-1]] = _Ready(flat[name])
+    return {str(key): ObjectEntry(kind="value", trees=(_tree(node, str(key)),)) for key, node in roots.items()}
+
+
+class _Ready:
+    """JSON that is encoded already, standing among plain dicts."""
+
+    def __init__(self, tree: Json) -> None:
+        self.tree = tree
+
+
+def _tree(node: Any, key: str) -> Json:
+    if isinstance(node, dict) and node and all(type(part) is int for part in node):
+        return [_tree(node[index], f"{key}.{index}") for index in sorted(node)]
+    return encode(node, key, lambda _key, value: value.tree if isinstance(value, _Ready) else None)

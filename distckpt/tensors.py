@@ -1,0 +1,144 @@
+"""Tensors as bytes: dtypes by name, what can be stored, and the part of a tensor that this rank holds."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from distckpt.errors import UnsupportedStateError
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "C128": torch.complex128,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """A box of a tensor.
+
+    Attributes:
+        start: Its first index in each dimension.
+        shape: Its size in each dimension.
+    """
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def check_storable(tensor: torch.Tensor, key: str) -> None:
+    """Refuse a tensor whose bytes cannot be stored and given back exactly.
+
+    Raises:
+        UnsupportedStateError: It is sparse, quantized, without data, of an unknown dtype or subclass; names the key.
+
+    Ranks: any.
+    """
+    problem = None
+    if not isinstance(tensor, DTensor) and type(tensor) not in _PLAIN:
+        problem = f"is a {type(tensor).__module__}.{type(tensor).__qualname__}, a tensor subclass that is not known"
+    elif tensor.layout != torch.strided:
+        problem = f"is a sparse tensor ({tensor.layout})"
+    elif tensor.is_quantized or tensor.dtype not in DTYPE_NAMES:
+        problem = f"has dtype {tensor.dtype}, which is not stored"
+    elif tensor.is_meta:
+        problem = "is on the meta device and has no data"
+    elif isinstance(tensor, DTensor) and any(isinstance(placement, Partial) for placement in tensor.placements):
+        problem = "is a DTensor with a partial placement: a sum that is not done"
+    if problem is not None:
+        raise UnsupportedStateError(key=key, problem=problem, fix="convert it to a plain dense tensor in state_dict()")
+
+
+def whole(tensor: torch.Tensor) -> Box:
+    """Return the box that is all of a tensor.
+
+    Ranks: any.
+    """
+    return Box(start=(0,) * tensor.dim(), shape=tuple(tensor.shape))
+
+
+def is_everywhere(tensor: torch.Tensor) -> bool:
+    """Say whether every rank of the job holds all of the tensor.
+
+    Ranks: any.
+    """
+    if not isinstance(tensor, DTensor):
+        return True
+    everyone = tensor.device_mesh.size() == torch.distributed.get_world_size()
+    return everyone and all(isinstance(placement, Replicate) for placement in tensor.placements)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor as a plain tensor without gradient, sharing its memory.
+
+    Ranks: any.
+    """
+    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part.detach()
+
+
+def local_box(tensor: torch.Tensor) -> Box | None:
+    """Return where this rank's part lies in the whole tensor; None if this rank holds nothing of it.
+
+    Ranks: any.
+    """
+    if not isinstance(tensor, DTensor):
+        return whole(tensor)
+    if tensor.device_mesh.get_coordinate() is None:
+        return None
+    shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if tensor.numel() and 0 in shape:
+        return None
+    return Box(start=tuple(start), shape=tuple(shape))
+
+
+def writes_replica(tensor: DTensor, name: str) -> bool:
+    """Say whether, of the ranks that hold the same part of `tensor`, this one has to write it.
+
+    Every rank answers for itself: among replicas the one whose place in the mesh fits the name's checksum is chosen,
+    which spreads names over the replicas.
+
+    Ranks: any.
+    """
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return False
+    chosen = zlib.crc32(name.encode())
+    for place, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
+        if isinstance(placement, Replicate):
+            if place != chosen % size:
+                return False
+            chosen //= size
+    return True
+
+
+def memory(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, sharing its memory.
+
+    Ranks: any.
+    """
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
