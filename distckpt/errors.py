@@ -21,6 +21,7 @@ __all__ = [
     "RankTimeoutError",
     "StateMismatchError",
     "StorageError",
+    "UnsafeFileError",
     "UnsupportedStateError",
     "UsageError",
 ]
@@ -234,6 +235,21 @@ class StateMismatchError(DistckptError, ValueError):
             step=step,
             problems=problems,
         )
+
+
+class UnsafeFileError(DistckptError, ValueError):
+    """A file of another tool asks for more than tensors and plain values; nothing of it was run or loaded.
+
+    Attributes:
+        path: The file.
+        problem: What it asks for.
+    """
+
+    path: str
+    problem: str
+
+    def __init__(self, *, path: str, problem: str, fix: str | None = None) -> None:
+        self._tell(f"{path!r} is not opened: {problem}", fix=fix, path=path, problem=problem)
 
 
 class UnsupportedStateError(DistckptError, TypeError):

@@ -95,6 +95,9 @@ class Preemption:
         if self._stop_at is None or step < self._stop_at:
             return False
         # Ranks that never wait for each other may have gone further: then the furthest one's step it is.
-        last: int = ranks.agree("stop", lambda: step, lambda steps: max(steps))
-        self._stop_at = last
-        return step == last
+        self._stop_at = ranks.agree("stop", lambda: step, _furthest)
+        return step == self._stop_at
+
+
+def _furthest(steps: list[int]) -> int:
+    return max(steps)

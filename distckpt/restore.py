@@ -196,7 +196,7 @@ def _load(
             if matched.problems:
                 raise StateMismatchError(path=path, step=manifest.step, problems=matched.problems, fix=_advice(matched))
             prepared.append((manifest, matched))
-            staged.update(_read(storage, folder, manifest, matched))
+            staged.update(read_tensors(storage, folder, manifest, matched))
         except (CheckpointDamagedError, CheckpointNotFoundError) as error:
             return {"file": getattr(error, "file", None), "problem": getattr(error, "problem", str(error))}
         return None
@@ -209,7 +209,7 @@ def _load(
     if found is not None:
         return found
     manifest, matched = prepared[-1]
-    ranks.agree(f"restore: loading {path}", lambda: _apply(matched, staged), lambda _: None)
+    ranks.agree(f"restore: loading {path}", lambda: apply(matched, staged), lambda _: None)
     if matched.kept:
         logger.warning(
             "%s was saved by %d ranks; rank %d keeps its own %s",
@@ -242,8 +242,15 @@ def _examine(storage: Storage, request: RestoreRequest, folder: str, rank: int, 
     return {**found, "file": problem.file, "problem": problem.problem}
 
 
-def _read(storage: Storage, folder: str, manifest: Manifest, matched: Match) -> dict[str, torch.Tensor]:
-    """Return this rank's part of every tensor that is wanted, on the CPU."""
+def read_tensors(storage: Storage, folder: str, manifest: Manifest, matched: Match) -> dict[str, torch.Tensor]:
+    """Return this rank's part of every tensor that is wanted, on the CPU.
+
+    Raises:
+        CheckpointDamagedError: Bytes are missing or wrong.
+        StorageError: A file could not be read.
+
+    Ranks: any.
+    """
     staged: dict[str, torch.Tensor] = {}
     boxes: dict[str, Box] = {}
     for name in matched.wanted():
@@ -260,8 +267,11 @@ def _read(storage: Storage, folder: str, manifest: Manifest, matched: Match) -> 
     return staged
 
 
-def _apply(matched: Match, staged: Mapping[str, torch.Tensor]) -> None:
-    """Change the state: from here on every byte is known to be good."""
+def apply(matched: Match, staged: Mapping[str, torch.Tensor]) -> None:
+    """Change the state; every byte is known to be good by now.
+
+    Ranks: any.
+    """
     for part in matched.parts:
 
         def tensor(reference: Reference) -> Any:
