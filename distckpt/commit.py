@@ -99,7 +99,7 @@ def prepare(state: Mapping[str, Any], request: SaveRequest, *, ranks: Ranks, sta
     def describe() -> Json:
         flat.extend(flatten(state, rng=request.rng))
         objects = {o.key: [o.kind, o.per_rank, "" if o.per_rank else o.fingerprint()] for o in flat}
-        return {"step": request.step, "layout": request.layout, "objects": objects}
+        return {"layout": request.layout, "objects": objects}
 
     begun = time.monotonic()
     verdict = ranks.agree(request.action, describe, _compare)
@@ -130,11 +130,10 @@ def _compare(facts: list[Json]) -> Json:
     """Rank 0: check that all ranks mean the same save; return its name, and the keys that differ by rank."""
     first, per_rank = facts[0], set()
     for rank, fact in enumerate(facts):
-        if (fact["step"], fact["layout"]) != (first["step"], first["layout"]):
+        if fact["layout"] != first["layout"]:
             raise UsageError(
-                problem=f"rank 0 saves step {first['step']} ({first['layout']}), "
-                f"rank {rank} step {fact['step']} ({fact['layout']})",
-                fix="call save with the same step and layout on every rank",
+                problem=f"rank 0 saves with layout {first['layout']!r}, rank {rank} with {fact['layout']!r}",
+                fix="give every rank the same layout",
             )
         odd = fact["objects"].keys() ^ first["objects"].keys()
         if odd:

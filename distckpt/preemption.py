@@ -38,6 +38,7 @@ class Preemption:
         self._before: dict[signal.Signals, Any] = {}
         self._first_s = 0.0
         self._stop_at: int | None = None
+        self._agreed = False
 
     def listen(self) -> None:
         """Install the handlers; only the main thread can, elsewhere this warns and does nothing.
@@ -94,8 +95,10 @@ class Preemption:
             self._stop_at = ranks.announced(_STOP)
         if self._stop_at is None or step < self._stop_at:
             return False
-        # Ranks that never wait for each other may have gone further: then the furthest one's step it is.
-        self._stop_at = ranks.agree("stop", lambda: step, _furthest)
+        if not self._agreed:
+            # Ranks that never wait for each other may have gone further: then it is the furthest one's step.
+            self._stop_at = ranks.agree("stop", lambda: step, _furthest)
+            self._agreed = True
         return step == self._stop_at
 
 

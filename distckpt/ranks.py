@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from distckpt.errors import DistckptError, RankFailedError, RankTimeoutError, from_wire, to_wire
+from distckpt.errors import DistckptError, RankFailedError, RankTimeoutError, UsageError, from_wire, to_wire
 
 Fact = TypeVar("Fact")
 Verdict = TypeVar("Verdict")
@@ -82,6 +82,7 @@ class Ranks:
             RankFailedError: A rank's work raised; names the lowest such rank and its error. If the work of all ranks
                 raised one kind of DistckptError, each rank raises its own. Without other ranks, the error itself.
             RankTimeoutError: Ranks did not arrive within `timeout_s`; names them.
+            UsageError: Ranks are at different actions.
             DistckptError: What `decide` raised, on all ranks.
 
         Ranks: all (collective); blocks until every rank's work is done.
@@ -90,7 +91,7 @@ class Ranks:
             return decide([work()])
         self._round += 1
         error: BaseException | None = None
-        post: dict[str, Any] = {"host": self.host}
+        post: dict[str, Any] = {"host": self.host, "action": action}
         try:
             post["fact"] = work()
         except BaseException as raised:  # noqa: BLE001  an interrupt, too, must not leave the others waiting
@@ -170,6 +171,13 @@ class Ranks:
         for key in keys.values():
             posts.append(json.loads(store.get(key)))
             store.delete_key(key)
+        for rank, post in enumerate(posts):
+            if post["action"] != action:
+                parted = UsageError(
+                    problem=f"the ranks have parted: rank 0 is at {action!r}, rank {rank} at {post['action']!r}",
+                    fix="call the same methods, for the same steps, on every rank",
+                )
+                return {"error": to_wire(parted)}
         failed = [(rank, post) for rank, post in enumerate(posts) if "error" in post]
         if failed:
             kinds = {post["error"]["type"] for _, post in failed}

@@ -205,11 +205,11 @@ def _load(
         bad = [(rank, fact) for rank, fact in enumerate(facts) if fact is not None]
         return _examine(storage, request, folder, *bad[0]) if bad else None
 
-    found = ranks.agree(f"restore: reading {path}", read, judge)
+    found = ranks.agree(f"restore: reading {folder or names.MANIFEST}", read, judge)
     if found is not None:
         return found
     manifest, matched = prepared[-1]
-    ranks.agree(f"restore: loading {path}", lambda: apply(matched, staged), lambda _: None)
+    ranks.agree(f"restore: loading {folder or names.MANIFEST}", lambda: apply(matched, staged), lambda _: None)
     if matched.kept:
         logger.warning(
             "%s was saved by %d ranks; rank %d keeps its own %s",

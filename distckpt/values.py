@@ -20,13 +20,15 @@ from __future__ import annotations
 
 import base64
 import math
+import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import UnsupportedStateError
+
+if TYPE_CHECKING:
+    import numpy as np  # imported below, where it is met: what lists checkpoints needs none
 
 Json = Any
 MAX_DEPTH = 200
@@ -61,7 +63,7 @@ def _encode(value: Any, key: str, leaf: Leaf, depth: int) -> Json:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if kind in (bytes, bytearray):
         return {"$bytes": base64.b64encode(value).decode()}
-    if isinstance(value, np.generic):
+    if _is_numpy_scalar(value):
         return _encode_numpy(value, key)
     if kind in (dict, OrderedDict, defaultdict, Counter):
         return _encode_mapping(value, key, leaf, depth)
@@ -74,6 +76,11 @@ def _encode(value: Any, key: str, leaf: Leaf, depth: int) -> Json:
         return known
     name = f"{kind.__module__}.{kind.__qualname__}"
     raise UnsupportedStateError(key=key, problem=f"is a {name}, which cannot be saved safely and exactly", fix=_FIX)
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")  # where nobody has imported it there are none
+    return numpy is not None and isinstance(value, numpy.generic)
 
 
 def _encode_numpy(value: np.generic, key: str) -> Json:
@@ -148,11 +155,21 @@ def _decode_tag(tag: str, body: Json, leaf: Callable[[str, str], Any], depth: in
             return base64.b64decode(body, validate=True)
         case "$float", ("nan" | "inf" | "-inf"):
             return float(body)
-        case "$numpy", [str(dtype), *parts] if np.dtype(dtype).char in _NUMPY_SCALARS:
-            item = complex(float(parts[0]), float(parts[1])) if len(parts) == 2 else parts[0]
-            return np.dtype(dtype).type(item)
+        case "$numpy", [str(dtype), *parts]:
+            return _decode_numpy(dtype, parts)
         case _:
             raise ValueError(f"unknown tag {tag!r}")
+
+
+def _decode_numpy(dtype: str, parts: list[Json]) -> np.generic:
+    import numpy as np
+
+    made = np.dtype(dtype)
+    if made.char not in _NUMPY_SCALARS:
+        raise ValueError(f"a NumPy scalar of type {dtype!r}")
+    item = complex(float(parts[0]), float(parts[1])) if len(parts) == 2 else parts[0]
+    scalar: np.generic = made.type(item)
+    return scalar
 
 
 def references(tree: Json) -> Iterator[str]:

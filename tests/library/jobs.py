@@ -1,0 +1,243 @@
+"""What ranks run in the tests of saves and restores: top-level functions, sent by name."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import distckpt
+from distckpt import CheckpointManager, PerRank
+
+
+def seeded(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def build(seed: int = 0) -> dict[str, Any]:
+    """Return a state with one of each kind, the same on every rank but for what is marked."""
+    seeded(seed)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model: nn.Module = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8 * 36, 10)
+    )
+    if dist.is_initialized():
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=100)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "epoch": 0,
+        "embedding": torch.zeros(5, 3),
+        "extra": {"loss": 0.0, "history": [1, 2.5], "pair": (1, "a"), "array": np.arange(4), "blob": b"\0\1"},
+        "position": PerRank({"shard": rank}),
+    }
+
+
+def train(state: dict[str, Any], steps: int) -> None:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    for _ in range(steps):
+        state["optimizer"].zero_grad()
+        state["model"](torch.randn(4, 3, 8, 8)).square().mean().backward()
+        state["optimizer"].step()
+        state["scheduler"].step()
+        state["epoch"] += 1
+        state["embedding"] += 1.5
+        state["extra"]["loss"] = state["epoch"] / 3
+        state["position"].value["shard"] = rank * 1000 + state["epoch"]
+
+
+def facts(state: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that has to come back, comparable."""
+    inner = getattr(state["model"], "module", state["model"])
+    return {
+        "model": {name: tensor.tolist() for name, tensor in inner.state_dict().items()},
+        "optimizer": repr(state["optimizer"].state_dict()),
+        "scheduler": state["scheduler"].state_dict(),
+        "epoch": state["epoch"],
+        "embedding": state["embedding"].tolist(),
+        "extra": repr(state["extra"]),
+    }
+
+
+def draws() -> list[float]:
+    return [random.random(), float(np.random.rand()), torch.rand(1).item()]
+
+
+def save_run(directory: str, layout: str, steps: int, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train and save with a manager; return the facts, this rank's own state, and what the generators give next."""
+    state = build()
+    seeded(100 + (dist.get_rank() if dist.is_initialized() else 0))
+    with CheckpointManager(directory, every=2, layout=layout, **(options or {})) as ckpt:
+        for _ in ckpt.steps(state, until=steps):
+            train(state, 1)
+    return {"facts": facts(state), "own": dict(state["position"].value), "draws": draws()}
+
+
+def restore_run(directory: str, seed: int = 7) -> dict[str, Any]:
+    """Restore into a freshly built state; return the same."""
+    state = build(seed)
+    embedding = state["embedding"]
+    with CheckpointManager(directory) as ckpt:
+        step = ckpt.restore(state)
+    drawn = draws()
+    return {
+        "step": step,
+        "facts": facts(state),
+        "own": dict(state["position"].value),
+        "draws": drawn,
+        "in_place": embedding is state["embedding"],
+    }
+
+
+def restore_without_torchrun(directory: str) -> dict[str, Any]:
+    """Restore as a plain script does: no process group."""
+    assert not dist.is_initialized()
+    return restore_run(directory)
+
+
+def bytes_by_rank(directory: str) -> list[int]:
+    """Return how many bytes of tensors each rank's data file holds."""
+    storage = distckpt.storage.open_storage(directory)
+    _, manifest = distckpt.catalog.locate(storage)
+    return [file.num_bytes - file.segments[0].num_bytes for file in manifest.files]
+
+
+def save_big(directory: str) -> None:
+    """Save one tensor that dwarfs the others."""
+    seeded(0)
+    state = {"big": nn.Linear(128, 1001, bias=False), "small": nn.Linear(3, 3)}
+    distckpt.save(directory, state, rng=False)
+
+
+def save_differing(directory: str) -> None:
+    """Save state that differs by rank, and is not marked."""
+    rank = dist.get_rank()
+    state = {"rng": torch.tensor([100 + rank]), "sampler": {"rank": rank, "pos": rank * 1000}, "same": torch.ones(3)}
+    distckpt.save(directory, state)
+
+
+def load_differing(directory: str) -> tuple[int, dict[str, int]]:
+    state = {"rng": torch.tensor([0]), "sampler": {"rank": -1, "pos": -1}, "same": torch.zeros(3)}
+    distckpt.load(directory, state)
+    return int(state["rng"]), state["sampler"]
+
+
+class Breaks(nn.Module):
+    """A module whose state_dict fails on one rank."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.rank = rank
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if dist.get_rank() == self.rank:
+            raise ValueError("planned failure")
+        return super().state_dict(*args, **kwargs)
+
+
+def save_broken(directory: str, rank: int) -> str:
+    """Save where one rank's state_dict() fails; return the error that this rank gets."""
+    try:
+        distckpt.save(directory, {"model": Breaks(rank)}, timeout_s=20)
+    except distckpt.errors.DistckptError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def fail_in_background(directory: str) -> dict[str, Any]:
+    """Save where rank 1 cannot write, then where it can again."""
+    state = build()
+    rank = dist.get_rank()
+    blocked = f"{directory}/step-000000000002"
+    with CheckpointManager(directory, layout="sharded", timeout_s=30) as ckpt:
+        ckpt.save(1, state)
+        ckpt.wait()
+        dist.barrier()
+        if rank == 0:
+            with open(blocked, "w") as file:  # noqa: PTH123  a file where a folder is wanted
+                file.write("in the way")
+        dist.barrier()
+        ckpt.save(2, state)
+        try:
+            ckpt.wait()
+            first = "no error"
+        except distckpt.errors.DistckptError as error:
+            first = f"{type(error).__name__}: {error}"
+        dist.barrier()
+        if rank == 0:
+            os.unlink(blocked)  # noqa: PTH108
+        dist.barrier()
+        ckpt.save(3, state)
+        ckpt.wait()
+        return {"error": first, "steps": [c.step for c in ckpt.checkpoints]}
+
+
+def mismatched(directory: str, **changes: Any) -> str:
+    """Save on every rank with something that differs; return the error that this rank gets."""
+    rank = dist.get_rank()
+    state: dict[str, Any] = {"model": nn.Linear(3, 3)}
+    if rank == 1 and changes.get("key"):
+        state["more"] = 1
+    if rank == 1 and changes.get("shape"):
+        state["model"] = nn.Linear(3, 4)
+    step = rank if changes.get("step") else 5
+    try:
+        distckpt.save(directory, state, step=step, timeout_s=20)
+    except distckpt.errors.DistckptError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def stop_by_signal(directory: str, signalled: list[int], at: int, synchronised: bool) -> dict[str, Any]:
+    """Run until a signal that only some ranks get."""
+    import signal
+
+    rank = dist.get_rank()
+    state = build()
+    done = 0
+    with CheckpointManager(directory, timeout_s=30) as ckpt:
+        # Without training the ranks never wait for each other: one may be thousands of steps ahead.
+        for step in ckpt.steps(state, until=50 if synchronised else 1_000_000):
+            if synchronised:
+                train(state, 1)
+            if step == at and rank in signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            done = step
+        newest = ckpt.latest
+        assert newest is not None
+        return {"done": done, "preempted": ckpt.preempted, "saved": newest.step}
+
+
+def do_different_things(directory: str) -> str:
+    """Call different verbs on different ranks; return the error that this rank gets."""
+    manager = CheckpointManager(directory, timeout_s=20)
+    try:
+        if dist.get_rank() == 0:
+            manager.restore({"x": 1})
+        else:
+            manager.save(1, {"x": 1})
+    except distckpt.errors.DistckptError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def leave_one_out(directory: str) -> str:
+    """Save on all ranks but the last; return the error that this rank gets."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        return "was not there"
+    try:
+        distckpt.save(directory, {"x": 1}, timeout_s=3)
+    except distckpt.errors.DistckptError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
