@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from distckpt import names
@@ -179,16 +179,29 @@ def verify(storage: Storage, manifest: Manifest, *, folder: str = "") -> Iterato
     Raises:
         StorageError: A file could not be read for a reason that says nothing of its bytes.
     """
-    sizes = {file.name: file.num_bytes for file in storage.list(names.join(folder, manifest.attempt))}
+    sizes = {file.name: file.num_bytes for file in storage.list(folder)}
+    wrong = {problem.file: problem for problem in wrong_sizes(sizes, manifest, folder=folder)}
     for file in manifest.files:
-        name = names.join(folder, file.name)
-        if name not in sizes:
-            yield Problem(file=file.name, problem="is missing")
-        elif sizes[name] != file.num_bytes:
-            problem = f"has {sizes[name]:,} bytes, the manifest says {file.num_bytes:,}"
-            yield Problem(file=file.name, problem=problem)
+        if file.name in wrong:
+            yield wrong[file.name]
         else:
-            yield from _verify_file(storage, name, file)
+            yield from _verify_file(storage, names.join(folder, file.name), file)
+
+
+def wrong_sizes(sizes: Mapping[str, int], manifest: Manifest, *, folder: str = "") -> Iterator[Problem]:
+    """Yield a problem for each data file that is missing or of the wrong size.
+
+    Args:
+        sizes: The size of each file, by its name in the storage.
+        manifest: The checkpoint's manifest.
+        folder: The checkpoint's folder in the storage.
+    """
+    for file in manifest.files:
+        found = sizes.get(names.join(folder, file.name))
+        if found is None:
+            yield Problem(file=file.name, problem="is missing")
+        elif found != file.num_bytes:
+            yield Problem(file=file.name, problem=f"has {found:,} bytes, the manifest says {file.num_bytes:,}")
 
 
 def _verify_file(storage: Storage, name: str, file: DataFile) -> Iterator[Problem]:

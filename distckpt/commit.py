@@ -26,7 +26,7 @@ from distckpt.shards import Header, RankShare, ShardSavePlanner, assemble, publi
 from distckpt.staging import Staging
 from distckpt.state import FlatObject, flatten, gathered
 from distckpt.storage import Storage
-from distckpt.tensors import DTYPES, memory
+from distckpt.tensors import DTYPE_NAMES, DTYPES, host_bytes
 from distckpt.values import Json
 
 
@@ -98,7 +98,8 @@ def prepare(state: Mapping[str, Any], request: SaveRequest, *, ranks: Ranks, sta
 
     def describe() -> Json:
         flat.extend(flatten(state, rng=request.rng))
-        objects = {o.key: [o.kind, o.per_rank, "" if o.per_rank else o.fingerprint()] for o in flat}
+        compared = ranks.world_size > 1
+        objects = {o.key: [o.kind, o.per_rank, o.fingerprint() if compared and not o.per_rank else ""] for o in flat}
         return {"layout": request.layout, "objects": objects}
 
     begun = time.monotonic()
@@ -193,9 +194,7 @@ def _plan_full(
 
 
 def _to_text(tensor: torch.Tensor) -> Json:
-    data = memory(tensor.detach().cpu().contiguous())
-    name = next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
-    return [name, list(tensor.shape), base64.b64encode(data).decode()]
+    return [DTYPE_NAMES[tensor.dtype], list(tensor.shape), base64.b64encode(host_bytes(tensor)).decode()]
 
 
 def _from_text(body: Json) -> torch.Tensor:

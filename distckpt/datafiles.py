@@ -103,7 +103,14 @@ def _sealed(parts: Sequence[memoryview], segments: list[Segment]) -> Iterator[Bu
 
 
 def read_ranges(
-    storage: Storage, folder: str, file: DataFile, ranges: Sequence[Range], *, path: str, step: int | None
+    storage: Storage,
+    folder: str,
+    file: DataFile,
+    ranges: Sequence[Range],
+    *,
+    path: str,
+    step: int | None,
+    everything: bool = False,
 ) -> None:
     """Fill every range from a data file, each segment that they touch read once, in file order, and checked.
 
@@ -114,6 +121,7 @@ def read_ranges(
         ranges: What is wanted.
         path: The checkpoint's path, for errors.
         step: The checkpoint's step, for errors.
+        everything: Whether to check the segments, too, that no range touches.
 
     Raises:
         CheckpointDamagedError: The file is missing, short, or has other bytes than were written; what `ranges` point
@@ -129,7 +137,7 @@ def read_ranges(
         end = begin + segment.num_bytes
         while waiting and waiting[-1].begin < end:
             active.append(waiting.pop())
-        if active:
+        if active or everything:
             target = _inside(active, begin, end)
             if target is None:
                 if len(scratch) < segment.num_bytes:

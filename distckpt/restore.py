@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -126,7 +126,7 @@ def _choose(storage: Storage, request: RestoreRequest, left_out: set[str]) -> Js
             continue
         try:
             data = _manifest_bytes(storage, candidate.name)
-            parse(data, path=names.join(storage.url, candidate.name))
+            _check_sizes(candidate, parse(data, path=names.join(storage.url, candidate.name)), storage.url)
         except CheckpointNotFoundError:
             continue  # it was deleted just now
         except CheckpointDamagedError as error:
@@ -143,6 +143,15 @@ def _choose(storage: Storage, request: RestoreRequest, left_out: set[str]) -> Js
     if folders:
         logger.warning("%s: %s; starting from step 0", storage.url, catalog.absence(folders))
     return None
+
+
+def _check_sizes(folder: catalog.Folder, manifest: Manifest, url: str) -> None:
+    """Refuse a checkpoint of which the listing alone shows that it is not whole."""
+    sizes = {file.name: file.num_bytes for file in folder.files}
+    for problem in catalog.wrong_sizes(sizes, manifest, folder=folder.name):
+        raise CheckpointDamagedError(
+            path=names.join(url, folder.name), step=manifest.step, file=problem.file, problem=problem.problem
+        )
 
 
 def _manifest_bytes(storage: Storage, folder: str) -> bytes:
@@ -196,7 +205,10 @@ def _load(
             if matched.problems:
                 raise StateMismatchError(path=path, step=manifest.step, problems=matched.problems, fix=_advice(matched))
             prepared.append((manifest, matched))
-            staged.update(read_tensors(storage, folder, manifest, matched))
+            # Somebody checks every byte, also those that no rank asks for: a checkpoint is whole, or it is not loaded.
+            num_files = 0 if request.skip or request.only else len(manifest.files)
+            check = range(ranks.rank, num_files, ranks.world_size)
+            staged.update(read_tensors(storage, folder, manifest, matched, check=check))
         except (CheckpointDamagedError, CheckpointNotFoundError) as error:
             return {"file": getattr(error, "file", None), "problem": getattr(error, "problem", str(error))}
         return None
@@ -242,8 +254,17 @@ def _examine(storage: Storage, request: RestoreRequest, folder: str, rank: int, 
     return {**found, "file": problem.file, "problem": problem.problem}
 
 
-def read_tensors(storage: Storage, folder: str, manifest: Manifest, matched: Match) -> dict[str, torch.Tensor]:
+def read_tensors(
+    storage: Storage, folder: str, manifest: Manifest, matched: Match, *, check: Collection[int] = ()
+) -> dict[str, torch.Tensor]:
     """Return this rank's part of every tensor that is wanted, on the CPU.
+
+    Args:
+        storage: The storage.
+        folder: The checkpoint's folder in it.
+        manifest: The checkpoint's manifest.
+        matched: What is wanted.
+        check: Indices of data files of which every byte is to be checked.
 
     Raises:
         CheckpointDamagedError: Bytes are missing or wrong.
@@ -263,7 +284,7 @@ def read_tensors(storage: Storage, folder: str, manifest: Manifest, matched: Mat
             boxes[name] = box
     planner = ShardLoadPlanner(boxes=boxes)
     planner.set_up_planner(dict(staged), to_metadata(manifest))
-    read_plan(storage, folder, manifest, planner.create_local_plan(), planner)
+    read_plan(storage, folder, manifest, planner.create_local_plan(), planner, check=check)
     return staged
 
 

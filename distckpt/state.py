@@ -21,7 +21,7 @@ from distckpt import names
 from distckpt.checksum import digest
 from distckpt.errors import UnsupportedStateError, UsageError
 from distckpt.rng import RandomState
-from distckpt.tensors import DTYPE_NAMES, check_storable, is_everywhere, local, memory
+from distckpt.tensors import DTYPE_NAMES, check_storable, host_bytes, is_everywhere, local
 from distckpt.values import Json, encode, rename
 
 T = TypeVar("T")
@@ -338,11 +338,11 @@ def _from_array(key: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def _content(tensor: torch.Tensor) -> str:
-    flat = local(tensor).reshape(-1)
+    flat = local(tensor).reshape(-1)  # [items]
     if flat.numel() * flat.element_size() > COMPARED_BYTES:
         step = max(1, flat.numel() // _SAMPLES)
         flat = flat[::step]
-    return digest(memory(flat.contiguous().cpu()))
+    return digest(host_bytes(flat))
 
 
 def gathered(flat: FlatObject, *, keep: bool) -> FlatObject:

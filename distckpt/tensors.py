@@ -142,3 +142,11 @@ def memory(tensor: torch.Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(bytearray())
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of any dense tensor, copied to contiguous CPU memory unless they lie there.
+
+    Ranks: any; blocks on a copy from the device.
+    """
+    return memory(tensor.detach().resolve_conj().resolve_neg().cpu().contiguous())

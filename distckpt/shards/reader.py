@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,15 @@ class _Read:
     read_range: datafiles.Range
 
 
-def read_plan(storage: Storage, folder: str, manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> None:
+def read_plan(
+    storage: Storage,
+    folder: str,
+    manifest: Manifest,
+    plan: LoadPlan,
+    planner: LoadPlanner,
+    *,
+    check: Collection[int] = (),
+) -> None:
     """Read the tensors of a rank's plan into what the planner resolves them to; every byte is checked on the way.
 
     Args:
@@ -49,6 +57,7 @@ def read_plan(storage: Storage, folder: str, manifest: Manifest, plan: LoadPlan,
         manifest: The checkpoint's manifest.
         plan: What to read.
         planner: Gives the tensor that each item fills; on any device. Contiguous CPU memory is read into directly.
+        check: Indices of data files of which every byte is to be checked, also what the plan does not ask for.
 
     Raises:
         CheckpointDamagedError: Bytes are missing or wrong; the planner's tensors are then undefined.
@@ -65,10 +74,13 @@ def read_plan(storage: Storage, folder: str, manifest: Manifest, plan: LoadPlan,
             entry, chunk = _stored(manifest, item, aliases)
             read = _prepare(item, entry, chunk, planner.resolve_tensor(item).detach())
             reads.setdefault(chunk.file, []).append(read)
-    for file_index, of_file in sorted(reads.items()):
-        file = manifest.files[file_index]
+    for file_index, file in enumerate(manifest.files):
+        of_file = reads.get(file_index, [])
+        if not of_file and file_index not in check:
+            continue
         ranges = [read.read_range for read in of_file]
-        datafiles.read_ranges(storage, folder, file, ranges, path=path, step=manifest.step)
+        everything = file_index in check
+        datafiles.read_ranges(storage, folder, file, ranges, path=path, step=manifest.step, everything=everything)
         for read in of_file:
             if read.target is not None:
                 read.target.copy_(read.rows)

@@ -21,7 +21,7 @@ from distckpt.plan import Block, in_file_order
 from distckpt.safetensors import Piece
 from distckpt.shards.share import Header, RankShare, assemble, publish
 from distckpt.storage import Storage, open_storage
-from distckpt.tensors import DTYPE_NAMES, memory
+from distckpt.tensors import DTYPE_NAMES, host_bytes
 from distckpt.values import Json, encode
 
 
@@ -69,7 +69,7 @@ def write_share(
         name,
         rank=rank,
         pieces=pieces,
-        data=[memory(tensor.detach().cpu().contiguous()) for tensor in tensors],
+        data=[host_bytes(tensor) for tensor in tensors],
     )
     storage.sync([names.join(folder, name)])
     return RankShare(file=file, blocks=tuple(blocks), offsets=tuple(offsets))

@@ -1,0 +1,212 @@
+"""The comparison: whether two checkpoints hold the same state, and where they differ if not.
+
+State is the step, the keys with their kinds, every value, and every tensor.
+How it was saved is not: layout, number of ranks and files, chunks, time, versions, metrics, configuration, parent.
+Invariant: no difference is passed over; "the same" means the same types and the same bytes, so that NaN equals NaN,
+and 0.0 neither -0.0 nor 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from distckpt.arrays import Deviation, Source, batches, deviation, read
+from distckpt.manifest import Manifest, ObjectEntry, TensorEntry
+from distckpt.values import Json, references
+
+Kind = Literal["added", "removed", "changed"]
+What = Literal["step", "key", "value", "order", "tensor"]
+
+_APART = ("run", "attempt", "layout", "world_size", "created", "metrics", "versions", "timings", "parent", "config")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One thing in which two checkpoints' states differ.
+
+    Attributes:
+        what: "step"; "key": a key of the state with its kind and number of trees; "value"; "order": the same keys in
+            another order; "tensor".
+        kind: "added" if only the second checkpoint has it, "removed" if only the first.
+        name: The entry's name; of a rank's own entry it begins with that rank.
+        before: What the first one has: a number, a key's or tensor's facts, or a value as the manifest's JSON.
+        after: What the second one has.
+        deviation: How two tensors of one dtype and shape differ.
+    """
+
+    what: What
+    kind: Kind
+    name: str
+    before: Json = None
+    after: Json = None
+    deviation: Deviation | None = None
+
+
+def compare(first: Source, second: Source) -> Iterator[Change]:
+    """Yield everything in which two checkpoints' states differ; tensors last, as all their bytes are read.
+
+    Of the tensors' bytes, `arrays.BATCH_BYTES` or the largest tensor are held at a time, from each checkpoint.
+
+    Raises:
+        CheckpointDamagedError: A data file of either is missing, short, or has other bytes than were written.
+        StorageError: One could not be read.
+    """
+    yield from _compare_manifests(first.manifest, second.manifest)
+    yield from _compare_tensors(first, second)
+
+
+def apart(first: Manifest, second: Manifest) -> dict[str, tuple[Json, Json]]:
+    """Return what differs and does not count, by the manifest's names; "files" is their number, "bytes" their size."""
+    pairs = {name: (getattr(first, name), getattr(second, name)) for name in _APART}
+    pairs["files"] = len(first.files), len(second.files)
+    pairs["bytes"] = first.num_bytes, second.num_bytes
+    return {name: pair for name, pair in sorted(pairs.items()) if pair[0] != pair[1]}
+
+
+def num_values(manifest: Manifest) -> int:
+    """Return how many plain values a checkpoint's state has."""
+    trees = [tree for entry in manifest.objects.values() for tree in entry.trees]
+    return sum(not _is_reference(leaf) for tree in trees for leaf in _leaves(tree))
+
+
+def tensor_facts(entry: TensorEntry) -> dict[str, Json]:
+    """Return a tensor's facts as JSON."""
+    return {"dtype": entry.dtype, "shape": list(entry.shape), "bytes": entry.num_bytes}
+
+
+def _compare_manifests(first: Manifest, second: Manifest) -> Iterator[Change]:
+    if first.step != second.step:
+        yield Change(what="step", kind="changed", name="step", before=first.step, after=second.step)
+    gone, come = first.tensors.keys() - second.tensors.keys(), second.tensors.keys() - first.tensors.keys()
+    trees = _Trees(told=gone | come)
+    for key in sorted(first.objects.keys() | second.objects.keys()):
+        before, after = first.objects.get(key), second.objects.get(key)
+        facts = (None if before is None else _key_facts(before)), (None if after is None else _key_facts(after))
+        if facts[0] != facts[1]:
+            yield _change("key", key, *facts)
+        if before is None or after is None:
+            continue
+        for rank, (old, new) in enumerate(zip(before.trees, after.trees, strict=False)):
+            name = f"rank-{rank:05d}:{key}" if before.per_rank else key
+            yield from trees.compare(name, old, new)
+
+
+def _compare_tensors(first: Source, second: Source) -> Iterator[Change]:
+    olds, news = first.manifest.tensors, second.manifest.tensors
+    alike = []
+    for name in sorted(olds.keys() | news.keys()):
+        old, new = olds.get(name), news.get(name)
+        if old is not None and new is not None and (old.dtype, old.shape) == (new.dtype, new.shape):
+            alike.append(name)
+        else:
+            facts = (None if old is None else tensor_facts(old)), (None if new is None else tensor_facts(new))
+            yield _change("tensor", name, *facts)
+    for batch in batches(first, alike):
+        before, after = read(first, batch), read(second, batch)
+        for name in sorted(batch):
+            found = deviation(olds[name].dtype, before[name], after[name])
+            if found is not None:
+                fact = tensor_facts(olds[name])
+                yield Change(what="tensor", kind="changed", name=name, before=fact, after=fact, deviation=found)
+
+
+def _key_facts(entry: ObjectEntry) -> Json:
+    return {"kind": entry.kind, "per_rank": entry.per_rank, "trees": len(entry.trees)}
+
+
+def _change(what: What, name: str, before: Json, after: Json) -> Change:
+    """Return the change from one thing to another, where None is nothing."""
+    kind: Kind = "added" if before is None else "removed" if after is None else "changed"
+    return Change(what=what, kind=kind, name=name, before=before, after=after)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trees:
+    """Compares trees of values; `told` are tensors that are in one checkpoint only, which is told of elsewhere."""
+
+    told: frozenset[str] | set[str]
+
+    def compare(self, name: str, before: Json, after: Json) -> Iterator[Change]:
+        """Yield where two trees differ."""
+        if _text(before) == _text(after) or (self._is_told(before) and self._is_told(after)):
+            return
+        old, new = _opened(before), _opened(after)
+        if old is None or new is None or old[0] != new[0]:
+            yield Change(what="value", kind="changed", name=name, before=before, after=after)
+            return
+        olds, news = old[1], new[1]
+        for label in [*olds, *(label for label in news if label not in olds)]:
+            inner = f"{name}.{_label(label)}"
+            if label in olds and label in news:
+                yield from self.compare(inner, olds[label], news[label])
+            elif label in olds:
+                yield from self._one_sided("removed", inner, olds[label])
+            else:
+                yield from self._one_sided("added", inner, news[label])
+        if olds.keys() == news.keys() and list(olds) != list(news):
+            orders = [_label(label) for label in olds], [_label(label) for label in news]
+            yield Change(what="order", kind="changed", name=name, before=orders[0], after=orders[1])
+
+    def _one_sided(self, kind: Kind, name: str, tree: Json) -> Iterator[Change]:
+        """Yield what of a tree that one checkpoint lacks is not told of as a tensor."""
+        if self._is_told(tree):
+            return
+        opened = _opened(tree) if any(references(tree)) else None
+        if opened is None:
+            before, after = (None, tree) if kind == "added" else (tree, None)
+            yield Change(what="value", kind=kind, name=name, before=before, after=after)
+            return
+        for label, item in opened[1].items():
+            yield from self._one_sided(kind, f"{name}.{_label(label)}", item)
+
+    def _is_told(self, tree: Json) -> bool:
+        """Say whether a tree is a reference to a tensor that is in one checkpoint only."""
+        return _is_reference(tree) and next(iter(tree.values())) in self.told
+
+
+def _is_reference(tree: Json) -> bool:
+    return isinstance(tree, dict) and len(tree) == 1 and next(iter(tree)) in ("$tensor", "$array")
+
+
+def _opened(tree: Json) -> tuple[str, dict[str, Json]] | None:
+    """Return what kind of container a tree is, and its items by their keys' JSON, in order; None if it is a leaf."""
+    if isinstance(tree, list):
+        return "list", {str(index): item for index, item in enumerate(tree)}
+    if not isinstance(tree, dict):
+        return None
+    tag = next(iter(tree), "")
+    if not tag.startswith("$"):
+        return "dict", {_text(name): item for name, item in tree.items()}
+    body = tree[tag]
+    if tag == "$tuple" and isinstance(body, list):
+        return tag, {str(index): item for index, item in enumerate(body)}
+    if tag in ("$dict", "$counter") and isinstance(body, list) and all(_is_pair(pair) for pair in body):
+        return tag.removeprefix("$"), {_text(name): item for name, item in body}
+    return None
+
+
+def _leaves(tree: Json) -> Iterator[Json]:
+    opened = _opened(tree)
+    if opened is None or not opened[1]:
+        yield tree
+        return
+    for item in opened[1].values():
+        yield from _leaves(item)
+
+
+def _is_pair(pair: Json) -> bool:
+    return isinstance(pair, list) and len(pair) == 2
+
+
+def _text(tree: Json) -> str:
+    """Return JSON as text that is the same for the same values only: 1, 1.0 and true differ, as do 0.0 and -0.0."""
+    return json.dumps(tree, sort_keys=True)
+
+
+def _label(text: str) -> str:
+    """Return a container's key as it stands in names."""
+    key = json.loads(text)
+    return key if isinstance(key, str) else text

@@ -1,0 +1,148 @@
+"""The inventory: all that lies at a path or URL, whole or not, for whoever wants to look rather than to restore.
+
+Invariant: nothing is left out because it is broken; what is no good checkpoint is listed with what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from distckpt import names
+from distckpt.catalog import Checkpoint, Folder, describe, read_manifest, scan
+from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, FormatVersionError
+from distckpt.manifest import MAX_BYTES
+from distckpt.storage import FileInfo, Storage
+
+NUM_READERS = 8  # manifests read at a time: on an object store each is a round trip
+
+State = Literal["committed", "partial", "damaged", "newer format"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What one checkpoint folder holds.
+
+    Attributes:
+        name: The folder's name below the storage's root; "" if it is the root.
+        step: The step, as the manifest or else the folder's name says; None if neither does.
+        state: "committed"; "partial": a save that never committed; "damaged": its manifest is not whole, or was put
+            aside as damaged; "newer format": committed by a distckpt that this one is too old for.
+        files: All its files; names below the storage's root.
+        pinned: Whether retention has to keep it.
+        checkpoint: Its facts, if it is committed.
+        problem: What is wrong with a damaged one.
+        problem_file: The file, inside the folder, that `problem` is about.
+        folder: The catalog's view of it; None if it is the storage's root.
+    """
+
+    name: str
+    step: int | None
+    state: State
+    files: tuple[FileInfo, ...]
+    pinned: bool
+    checkpoint: Checkpoint | None = None
+    problem: str | None = None
+    problem_file: str | None = None
+    folder: Folder | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of a committed one's data files; of everything that lies there if it is not committed."""
+        return self.checkpoint.num_bytes if self.checkpoint else sum(file.num_bytes for file in self.files)
+
+    @property
+    def modified(self) -> float | None:
+        """When the last of its files was written, in seconds since 1970; None if the storage does not say."""
+        return max((file.modified for file in self.files), default=0.0) or None
+
+
+def take(storage: Storage) -> list[Found]:
+    """Return every checkpoint folder, oldest step first; or the one that the storage's root is.
+
+    Data files are not read; a folder that vanishes meanwhile is left out.
+
+    Raises:
+        CheckpointNotFoundError: There is none at all.
+        StorageError: The storage could not be read.
+    """
+    root = _take_root(storage)
+    if root is not None:
+        return [root]
+    folders = scan(storage)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        taken = pool.map(lambda folder: _take(storage, folder.name, folder.step, folder.files, folder), folders)
+        found = [one for one in taken if one is not None]
+    if not found:
+        files = storage.list()
+        reason = f"its {len(files)} files are none of a checkpoint's" if files else "it is empty, or not there"
+        raise CheckpointNotFoundError(
+            path=storage.url,
+            reason=reason,
+            fix="give a run's directory, which holds folders named step-..., or one such folder",
+        )
+    return found
+
+
+def is_unchanged(storage: Storage, folder: Folder) -> bool:
+    """Say whether a folder holds just the files that it held when it was listed.
+
+    Raises:
+        StorageError: It could not be listed.
+    """
+    return tuple(storage.list(folder.name)) == folder.files
+
+
+def _take_root(storage: Storage) -> Found | None:
+    """Return the checkpoint that the storage's root is, or None if it is none."""
+    step = names.parse_step(storage.url.rstrip("/").rpartition("/")[2])
+    if step is None and not _exists(storage, names.MANIFEST):
+        return None
+    files = tuple(storage.list())
+    return _take(storage, "", step, files, None) if files else None
+
+
+def _exists(storage: Storage, name: str) -> bool:
+    try:
+        storage.read(name, 0, memoryview(bytearray(1)))
+    except FileNotFoundError:
+        return False
+    except EOFError:  # it is empty
+        return True
+    return True
+
+
+def _take(
+    storage: Storage, name: str, step: int | None, files: tuple[FileInfo, ...], folder: Folder | None
+) -> Found | None:
+    """Return what a folder holds; None if it was committed and has vanished since it was listed."""
+    inner = {file.name.removeprefix(f"{name}/") for file in files}
+    found = Found(name=name, step=step, state="partial", files=files, pinned=names.PIN in inner, folder=folder)
+    if names.MANIFEST not in inner:
+        put_aside = sorted(filter(names.is_quarantine, inner))
+        if not put_aside:
+            return found
+        reason = _reason(storage, names.join(name, put_aside[-1]))
+        return replace(found, state="damaged", problem=f"was put aside: {reason}", problem_file=put_aside[-1])
+    try:
+        manifest = read_manifest(storage, name)
+    except CheckpointNotFoundError:
+        return None
+    except CheckpointDamagedError as error:
+        return replace(found, state="damaged", problem=error.problem, problem_file=error.file)
+    except FormatVersionError as error:
+        problem = f"has format version {error.found}, this distckpt reads up to {error.supported}"
+        return replace(found, state="newer format", problem=problem, problem_file=names.MANIFEST)
+    checkpoint = describe(storage, manifest, folder=name, pinned=found.pinned)
+    return replace(found, state="committed", step=manifest.step, checkpoint=checkpoint)
+
+
+def _reason(storage: Storage, name: str) -> str:
+    """Return why a manifest was put aside, as the record of it says."""
+    try:
+        reason = json.loads(storage.read_all(name, limit_bytes=MAX_BYTES))["reason"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return "nobody knows why"
+    return str(reason).partition("\nFix:")[0]
