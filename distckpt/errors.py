@@ -41,10 +41,10 @@ class DistckptError(Exception):
     fix: str | None = None
 
     def _tell(self, message: str, *, fix: str | None, **facts: Any) -> None:
-        self.facts = {**facts, "fix": fix}
-        for name, value in self.facts.items():
-            setattr(self, name, value)
         super().__init__(message if fix is None else f"{message}\nFix: {fix}")
+        self.facts = {**facts, "fix": fix}
+        for name, value in self.facts.items():  # after the builtin's own constructor, which resets some of them
+            setattr(self, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return from_wire, (to_wire(self),)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any, cast
@@ -65,7 +66,9 @@ def read_file(path: str, *, storage_options: Mapping[str, Any] | None = None) ->
         except SafetensorError as error:
             raise CheckpointDamagedError(path=path, problem=f"is no whole safetensors file: {error}") from error
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about old pickle protocols, of which the error says enough
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = str(error).partition("\n")[0]
         raise UnsafeFileError(
@@ -163,7 +166,9 @@ def read_dcp(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        load_with_dcp(tensors, storage_reader=_SafeReader(folder), planner=planner, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is asked to be
+            load_with_dcp(tensors, storage_reader=_SafeReader(folder), planner=planner, no_dist=True)
     except Exception as error:
         raise CheckpointDamagedError(path=str(path), problem=f"cannot be read: {error}") from error
     except BaseException as error:

@@ -1,5 +1,19 @@
 """Where checkpoints lie: local files, and object stores through fsspec."""
 
 from distckpt.storage.contract import Buffer, Capabilities, FileInfo, Storage
+from distckpt.storage.local import LocalStorage
+from distckpt.storage.objects import ObjectStorage
+from distckpt.storage.opening import open_storage
+from distckpt.storage.wrappers import CountingStorage, VerbCount
 
-__all__ = ["Buffer", "Capabilities", "FileInfo", "Storage"]
+__all__ = [
+    "Buffer",
+    "Capabilities",
+    "CountingStorage",
+    "FileInfo",
+    "LocalStorage",
+    "ObjectStorage",
+    "Storage",
+    "VerbCount",
+    "open_storage",
+]

@@ -1,7 +1,7 @@
 """`Storage`: the one seam between distckpt and the outside.
 
 A handful of verbs, each with a contract that `tests/storage/` runs against every implementation.
-Names are plain relative paths (`names.checked`) below the storage's root; a storage never leaves its root.
+Names are plain relative paths (`names.checked`, or a ValueError) below the storage's root; a storage never leaves it.
 Any verb may be called from any thread.
 What wraps a storage (retry, counting, fault injection) is a storage too.
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
+
+from distckpt.names import checked
 
 Buffer = bytes | bytearray | memoryview
 
@@ -94,7 +96,7 @@ class Storage(Protocol):
         ...
 
     def read(self, name: str, offset: int, into: memoryview) -> None:
-        """Fill `into` (writable, contiguous bytes) from the file's byte `offset` on.
+        """Fill `into` (writable, contiguous) from the file's byte `offset` on; an empty `into` asks nothing.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -116,7 +118,8 @@ class Storage(Protocol):
         """Return every file below `folder`, at any depth, sorted by name; [] if there is none.
 
         Sees what any client has written or deleted before the call. Files that disappear meanwhile are left out.
-        Temporary files of writes in progress are left out, or have a name that ends in ".tmp".
+        Every name returned can be given to the other verbs: files with names that are not plain are somebody else's,
+        and left out. A write in progress, or one that was killed, may show as a file whose name ends in ".tmp".
 
         Raises:
             StorageError: It could not be listed (no permission, not a directory, no such bucket, ...).
@@ -126,9 +129,20 @@ class Storage(Protocol):
     def delete(self, names: Iterable[str]) -> None:
         """Delete files, in the order given, and folders that this leaves empty. Missing files are no error.
 
-        When this returns, earlier files in the order are durably gone before later ones.
+        The order is cut into runs of files that lie in the same folder. One run is durably gone before the next is
+        touched; within a run, the first file is durably gone before the others, and these go in any order.
+        So a manifest that is named before its data files is gone before them, whatever dies.
 
         Raises:
             StorageError: A file could not be deleted; those before it are gone.
         """
         ...
+
+
+def is_plain(name: str) -> bool:
+    """Say whether `name` can be a stored file's name, as `names.checked` has it."""
+    try:
+        checked(name)
+    except ValueError:
+        return False
+    return True

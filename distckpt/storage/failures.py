@@ -1,0 +1,182 @@
+"""What storages raise: errors of the system, of servers and of their clients, told as `StorageError`.
+
+Invariant: no text that leaves this module holds a credential.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distckpt.errors import StorageError
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM}
+
+_UNREACHABLE = {
+    "ConnectTimeoutError",
+    "ConnectionClosedError",
+    "ConnectionRefusedError",
+    "EndpointConnectionError",
+    "FSTimeoutError",
+    "HTTPClientError",
+    "ProxyConnectionError",
+    "ReadTimeoutError",
+    "SSLError",
+    "gaierror",
+}
+_NO_CREDENTIALS = {
+    "CredentialRetrievalError",
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "TokenRetrievalError",
+    "UnauthorizedSSOTokenError",
+}
+STALE_CREDENTIALS = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired"}
+_BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHeaderMalformed"}
+
+CREDENTIALS_FIX = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
+    "or pass storage_options={'key': ..., 'secret': ...}"
+)
+
+_URL_LOGIN = re.compile(r"://[^/@\s]*@")
+
+
+@contextmanager
+def telling(action: str, path: str, *, absent_is_builtin: bool = False) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `StorageError` about `path`.
+
+    `absent_is_builtin` leaves "no such file" a `FileNotFoundError`, with the full path in it.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        if absent_is_builtin:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+        raise local_error(error, action=action, path=path) from error
+    except OSError as error:
+        raise local_error(error, action=action, path=path) from error
+
+
+def local_error(error: OSError, *, action: str, path: str, num_written: int | None = None) -> StorageError:
+    """Return the `StorageError` for a system call on a local file that failed."""
+    cause = error.strerror or str(error) or type(error).__name__
+    fix = None
+    if error.errno in _NO_SPACE:
+        folder, free = _free_bytes(path)
+        written = "" if num_written is None else f" after {num_written:,} bytes of this file"
+        cause = f"{cause}{written}; {free:,} bytes are free for this user on the file system of {str(folder)!r}"
+        fix = f"free space or raise the quota there (df -h {folder}), keep fewer checkpoints, or use another directory"
+    elif error.errno in _NO_PERMISSION:
+        fix = f"give user id {os.geteuid()} the right to {action} there (ls -ld shows who has it)"
+    elif error.errno == errno.EROFS:
+        fix = "remount that file system for writing, or use another directory"
+    elif error.errno == errno.ENOTDIR:
+        fix = "a file or a link stands where a folder is needed: move it away, or use another directory"
+    elif error.errno == errno.ELOOP:
+        cause = f"{cause}; links inside a directory of checkpoints are not followed"
+        fix = "put the file itself in the link's place, or give the directory that the link points into"
+    return StorageError(path=path, action=action, cause=cause, errno=error.errno, fix=fix)
+
+
+def _free_bytes(path: str) -> tuple[Path, int]:
+    for folder in Path(path).parents:
+        try:
+            status = os.statvfs(folder)
+        except OSError:
+            continue
+        return folder, status.f_bavail * status.f_frsize
+    return Path(path).parent, 0
+
+
+def remote_error(
+    error: BaseException, *, action: str, path: str, secrets: frozenset[str] = frozenset()
+) -> StorageError:
+    """Return the `StorageError` for a call to a server that failed; `secrets` are blotted out of its text."""
+    if isinstance(error, StorageError):
+        return error
+    code = server_code(error)
+    names = {type(link).__name__ for link in _chain(error)}
+    fix = _remote_fix(error, code, names, action=action, path=path)
+    cause = redacted(_words(error, code), secrets)
+    number = _number(error, code)
+    return StorageError(path=path, action=action, cause=cause, errno=number, fix=fix)
+
+
+def server_code(error: BaseException) -> str | None:
+    """Return the server's own error code, such as "NoSuchBucket" or "412"; None if no server answered."""
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", "")) or None
+    return None
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Say whether the server was not reached at all, or did not answer."""
+    return server_code(error) is None and any(type(link).__name__ in _UNREACHABLE for link in _chain(error))
+
+
+def redacted(text: str, secrets: frozenset[str] = frozenset()) -> str:
+    """Return `text` without `secrets` and without logins in URLs."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return _URL_LOGIN.sub("://", text)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _words(error: BaseException, code: str | None) -> str:
+    """Return the server's words with their code, or the client's with the error's type, on one line."""
+    words = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno is not None and len(error.args) > 1:
+        words = " ".join(str(error.args[1]).split())  # without "[Errno 22]"
+    if words in ("", "None"):
+        words = type(error).__name__
+    if code is not None:
+        return words if code in words else f"{words} ({code})"
+    return words if isinstance(error, OSError) else f"{type(error).__name__}: {words}"
+
+
+def _number(error: BaseException, code: str | None) -> int | None:
+    if isinstance(error, PermissionError):
+        return errno.EACCES
+    if isinstance(error, FileNotFoundError) or code == "NoSuchBucket":
+        return errno.ENOENT
+    return error.errno if isinstance(error, OSError) else None
+
+
+def _remote_fix(error: BaseException, code: str | None, names: set[str], *, action: str, path: str) -> str | None:
+    if names & _NO_CREDENTIALS:
+        return CREDENTIALS_FIX
+    if code in STALE_CREDENTIALS:
+        return "renew the session's credentials, they have expired; what is committed is safe"
+    if code in _BAD_CREDENTIALS:
+        return "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the key and secret in storage_options"
+    if isinstance(error, PermissionError):
+        rights = "s3:ListBucket, s3:GetObject, s3:PutObject, s3:DeleteObject"
+        return f"grant these credentials the right to {action} {path} ({rights})"
+    if code == "NoSuchBucket":
+        return "create the bucket, or correct its name in the URL"
+    if code in {"SlowDown", "ServiceUnavailable", "503"}:
+        return "the server is overloaded or down: try again later, or save less often"
+    if is_unreachable(error):
+        return "check that AWS_ENDPOINT_URL, or endpoint_url in storage_options, is right and reachable from this host"
+    if isinstance(error, TypeError):
+        return "check the names in storage_options"
+    return None

@@ -1,0 +1,371 @@
+"""What S3 adds to the contract: uploads that fail, answers that are lost, servers that misbehave or are not there."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import s3fs
+from fault_proxy import Fault, FaultProxy
+from places import IMPATIENT, TRIES
+
+from distckpt.errors import StorageError
+from distckpt.storage import Capabilities, ObjectStorage, Storage, open_storage
+from distckpt.storage.objects import CLIENT_TRIES, PART_BYTES, part_size
+
+LIMIT = 1 << 20
+
+
+@pytest.fixture
+def storage(proxy: FaultProxy, proxy_filesystem: s3fs.S3FileSystem, s3_bucket: str) -> Storage:
+    return ObjectStorage(proxy_filesystem, f"{s3_bucket}/run", f"s3://{s3_bucket}/run")
+
+
+# --- uploads that fail ---
+
+
+def three_parts_then(error: BaseException | None) -> Iterator[bytes]:
+    for _ in range(3):
+        yield bytes(PART_BYTES)
+    if error is not None:
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("chunks"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
+def test_interrupted_upload_is_aborted_on_the_server(
+    storage: Storage, s3_filesystem: s3fs.S3FileSystem, proxy: FaultProxy, s3_bucket: str, error: BaseException
+) -> None:
+    with pytest.raises(type(error)):
+        storage.put("a/f", three_parts_then(error))
+    gc.collect()
+    assert proxy.count("PUT", "partNumber=") == 3
+    assert s3_filesystem.list_multipart_uploads(s3_bucket) == []
+    assert s3_filesystem.find(s3_bucket) == []
+
+
+@pytest.mark.parametrize("where", ["partNumber=2", "uploads"])
+def test_upload_that_the_server_refuses_halfway_leaves_nothing(
+    storage: Storage, s3_filesystem: s3fs.S3FileSystem, proxy: FaultProxy, s3_bucket: str, where: str
+) -> None:
+    method = "POST" if where == "uploads" else "PUT"
+    proxy.fail(Fault(method=method, where=where, action="answer", times=100, status=403, code="AccessDenied"))
+    with pytest.raises(
+        StorageError, match=r"could not write 's3://.*/run/a/f': made to fail \(AccessDenied\)\nFix: grant"
+    ):
+        storage.put("a/f", three_parts_then(None))
+    gc.collect()
+    assert s3_filesystem.list_multipart_uploads(s3_bucket) == []
+    assert s3_filesystem.find(s3_bucket) == []
+
+
+def test_upload_that_cannot_be_completed_leaves_nothing(
+    storage: Storage, s3_filesystem: s3fs.S3FileSystem, proxy: FaultProxy, s3_bucket: str
+) -> None:
+    proxy.fail(Fault(method="POST", where="uploadId=", action="answer", times=100, status=500, code="InternalError"))
+    with pytest.raises(StorageError, match="InternalError") as caught:
+        storage.put("a/f", three_parts_then(None))
+    assert isinstance(caught.value.errno, int)
+    gc.collect()
+    assert s3_filesystem.list_multipart_uploads(s3_bucket) == []
+    assert s3_filesystem.find(s3_bucket) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [("PUT", "partNumber=2"), ("POST", "uploadId="), ("PUT", "run/small")],
+    ids=["part", "end", "put"],
+)
+def test_upload_goes_on_after_a_lost_answer_or_a_busy_server(
+    storage: Storage, proxy: FaultProxy, method: str, where: str
+) -> None:
+    data = b"small" if "small" in where else bytes(2 * PART_BYTES) + b"end"
+    name = "small" if "small" in where else "a/f"
+    proxy.fail(Fault(method=method, where=where, action="lose-answer"))
+    proxy.fail(Fault(method=method, where=where, action="answer", status=503, code="SlowDown"))
+    assert storage.put(name, [data]) == len(data)
+    into = bytearray(len(data))
+    storage.read(name, 0, memoryview(into))
+    assert into == data
+
+
+def test_small_files_are_one_put_and_large_ones_equal_parts(storage: Storage, proxy: FaultProxy) -> None:
+    storage.put("small", [b"1", b"2"])
+    assert [seen.method for seen in proxy.seen] == ["PUT"]
+    proxy.seen.clear()
+    storage.put("large", [bytes(PART_BYTES + 3)] * 2)
+    sizes = [int(seen.headers["content-length"]) for seen in proxy.seen if "partNumber=" in seen.target]
+    assert sizes == [PART_BYTES, PART_BYTES, 6]
+
+
+def test_ten_thousand_parts_are_enough_for_half_a_terabyte() -> None:
+    sizes = [part_size(number) for number in range(10_000)]
+    assert sizes[0] == PART_BYTES
+    assert sizes == sorted(sizes)
+    assert sum(sizes) > 500 << 30
+
+
+# --- publish ---
+
+
+def test_publish_is_one_conditional_put(storage: Storage, proxy: FaultProxy) -> None:
+    storage.publish("m.json", b"{}")
+    puts = [seen for seen in proxy.seen if seen.method == "PUT"]
+    assert len(puts) == 1
+    assert puts[0].headers["if-none-match"] == "*"
+
+
+def test_publish_whose_answer_is_lost_succeeds(storage: Storage, proxy: FaultProxy) -> None:
+    proxy.fail(Fault(method="PUT", action="lose-answer"))
+    storage.publish("m.json", b"mine")
+    assert storage.read_all("m.json", limit_bytes=LIMIT) == b"mine"
+    assert proxy.count("PUT") == 2  # the client tried again, and was told that the name exists
+
+
+def test_publish_whose_every_answer_is_lost_succeeds(storage: Storage, proxy: FaultProxy) -> None:
+    proxy.fail(Fault(method="PUT", action="lose-answer", times=100))
+    storage.publish("m.json", b"mine")
+    assert storage.read_all("m.json", limit_bytes=LIMIT) == b"mine"
+
+
+def race_after_the_look(storage: Storage, proxy: FaultProxy, other: bytes) -> None:
+    """Let another writer's object appear between the look for an existing one and the PUT."""
+    storage.put("m.json", [other])
+    proxy.fail(Fault(method="GET", where="run/m.json", action="answer", status=404, code="NoSuchKey"))
+
+
+@pytest.mark.parametrize(("status", "code"), [(412, "PreconditionFailed"), (409, "ConditionalRequestConflict")])
+def test_a_conflict_is_told_whatever_the_server_calls_it(
+    storage: Storage, proxy: FaultProxy, status: int, code: str
+) -> None:
+    """Some servers answer 412 without saying which condition failed; s3fs then raises OSError(22, None)."""
+    race_after_the_look(storage, proxy, b"other")
+    proxy.fail(Fault(method="PUT", action="answer", status=status, code=code))
+    with pytest.raises(FileExistsError, match="exists with other content"):
+        storage.publish("m.json", b"mine")
+    assert storage.read_all("m.json", limit_bytes=LIMIT) == b"other"
+
+
+def test_the_server_itself_refuses_a_name_that_appears_after_the_look(storage: Storage, proxy: FaultProxy) -> None:
+    race_after_the_look(storage, proxy, b"other")
+    with pytest.raises(FileExistsError):
+        storage.publish("m.json", b"mine")
+    assert storage.read_all("m.json", limit_bytes=LIMIT) == b"other"
+
+
+def test_publish_tries_again_after_a_conflict_with_nobody(storage: Storage, proxy: FaultProxy) -> None:
+    proxy.fail(Fault(method="PUT", action="answer", status=409, code="ConditionalRequestConflict"))
+    storage.publish("m.json", b"mine")
+    assert storage.read_all("m.json", limit_bytes=LIMIT) == b"mine"
+
+
+def test_publish_that_fails_leaves_nothing_and_says_why(storage: Storage, proxy: FaultProxy) -> None:
+    proxy.fail(Fault(method="PUT", action="answer", times=100, status=403, code="AccessDenied"))
+    with pytest.raises(
+        StorageError, match=r"could not publish 's3://.*/run/m\.json': made to fail \(AccessDenied\)"
+    ) as caught:
+        storage.publish("m.json", b"mine")
+    assert caught.value.errno == errno.EACCES
+    assert storage.list() == []
+
+
+def test_a_server_without_conditional_puts_is_noticed_and_told(
+    storage: Storage, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert storage.capabilities == Capabilities(exclusive_publish=True, survives_power_loss=True, shared=True)
+    proxy.fail(
+        Fault(method="PUT", action="answer", times=100, status=501, code="NotImplemented", only_conditional=True)
+    )
+    with caplog.at_level(logging.WARNING, "distckpt"):
+        storage.publish("m.json", b"mine")
+        with pytest.raises(FileExistsError):
+            storage.publish("m.json", b"other")
+        storage.publish("n.json", b"more")
+    assert not storage.capabilities.exclusive_publish
+    assert len([record for record in caplog.records if "create-only" in record.message]) == 1
+    assert storage.read_all("m.json", limit_bytes=LIMIT) == b"mine"
+
+
+def test_a_server_that_ignores_the_condition_still_keeps_what_is_there(storage: Storage, proxy: FaultProxy) -> None:
+    proxy.fail(Fault(method="PUT", action="ignore-condition", times=100))
+    storage.publish("m.json", b"mine")
+    with pytest.raises(FileExistsError):
+        storage.publish("m.json", b"other")
+    assert storage.read_all("m.json", limit_bytes=LIMIT) == b"mine"
+
+
+# --- read, list, delete ---
+
+
+def test_truncated_answers_are_asked_for_again(storage: Storage, proxy: FaultProxy) -> None:
+    storage.put("f", [bytes(range(200))])
+    proxy.fail(Fault(method="GET", where="run/f", action="truncate"))
+    into = bytearray(100)
+    storage.read("f", 50, memoryview(into))
+    assert into == bytes(range(50, 150))
+    proxy.fail(Fault(method="GET", where="run/f", action="truncate"))
+    assert storage.read_all("f", limit_bytes=LIMIT) == bytes(range(200))
+
+
+def test_answers_that_are_always_truncated_are_an_error(storage: Storage, proxy: FaultProxy) -> None:
+    storage.put("f", [bytes(200)])
+    proxy.fail(Fault(method="GET", where="run/f", action="truncate", times=100))
+    with pytest.raises(StorageError, match="could not read"):
+        storage.read("f", 0, memoryview(bytearray(100)))
+
+
+def test_a_server_that_ignores_byte_ranges_is_told(storage: Storage, proxy: FaultProxy) -> None:
+    storage.put("f", [bytes(200)])
+    proxy.fail(Fault(method="GET", where="run/f", action="ignore-range", times=100))
+    with pytest.raises(StorageError, match="ignores byte ranges"):
+        storage.read("f", 50, memoryview(bytearray(100)))
+
+
+def test_a_folder_whose_name_another_one_begins_with_is_not_mixed_up(
+    storage: Storage, s3_filesystem: s3fs.S3FileSystem, s3_bucket: str
+) -> None:
+    storage.put("step-1/f", [b"1"])
+    s3_filesystem.pipe_file(f"{s3_bucket}/run-2/step-1/f", b"other run")
+    s3_filesystem.pipe_file(f"{s3_bucket}/run", b"an object called like the prefix")
+    s3_filesystem.touch(f"{s3_bucket}/run/step-1/")  # a marker, as consoles make them for folders
+    assert [info.name for info in storage.list()] == ["step-1/f"]
+    assert storage.list("step") == []
+
+
+def test_nothing_is_deleted_after_a_file_that_cannot_be(storage: Storage, proxy: FaultProxy) -> None:
+    for name in ["s/m.json", "s/a/f", "s/b/f"]:
+        storage.put(name, [b"1"])
+    proxy.fail(Fault(method="DELETE", where="run/s/a/f", action="answer", times=100, status=403, code="AccessDenied"))
+    with pytest.raises(StorageError, match=r"could not delete 's3://.*/run/s/a/f'"):
+        storage.delete(["s/m.json", "s/a/f", "s/b/f"])
+    assert [info.name for info in storage.list()] == ["s/a/f", "s/b/f"]
+    proxy.fail(
+        Fault(method="DELETE", where="run/s/m.json", action="answer", times=100, status=403, code="AccessDenied")
+    )
+    with pytest.raises(StorageError):
+        storage.delete(["s/m.json", "s/b/f"])
+    assert [info.name for info in storage.list()] == ["s/a/f", "s/b/f"]
+
+
+def test_the_first_file_of_a_folder_is_deleted_before_the_others(storage: Storage, proxy: FaultProxy) -> None:
+    names = ["s/m.json", *[f"s/f-{number}" for number in range(10)]]
+    for name in names:
+        storage.put(name, [b"1"])
+    storage.delete(names)
+    deleted = [seen.target.partition("/run/")[2].partition("?")[0] for seen in proxy.seen if seen.method == "DELETE"]
+    assert deleted[0] == "s/m.json"
+    assert sorted(deleted) == sorted(names)
+
+
+# --- servers, buckets and credentials that are not there ---
+
+
+def test_missing_bucket_is_told_by_list_put_and_publish(s3_bucket: str) -> None:
+    storage = open_storage(f"s3://{s3_bucket}-missing/run")
+    for verb in (storage.list, lambda: storage.put("f", [b"1"]), lambda: storage.publish("f", b"1")):
+        with pytest.raises(StorageError, match=r"does not exist \(NoSuchBucket\)\nFix: create the bucket") as caught:
+            verb()
+        assert caught.value.errno == errno.ENOENT
+        assert not isinstance(caught.value, FileNotFoundError)
+
+
+def test_an_endpoint_where_nobody_listens_fails_in_well_under_a_minute(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, and not listening
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        storage = open_storage(f"s3://{s3_bucket}/run")  # with its own patience
+        start = time.monotonic()
+        with pytest.raises(
+            StorageError, match=r"Could not connect to the endpoint URL.*\nFix: check that AWS_ENDPOINT_URL"
+        ):
+            storage.put("f", [b"1"])
+        assert time.monotonic() - start < 30
+        impatient = open_storage(f"s3://{s3_bucket}/run", storage_options=IMPATIENT)
+        for verb in (impatient.list, lambda: impatient.publish("f", b"1"), lambda: impatient.delete(["f"])):
+            with pytest.raises(StorageError, match="Could not connect"):
+                verb()
+
+
+def test_a_server_that_stays_busy_is_given_up_after_a_fixed_number_of_tries(
+    storage: Storage, proxy: FaultProxy
+) -> None:
+    proxy.fail(Fault(method="PUT", action="answer", times=1000, status=503, code="SlowDown"))
+    with pytest.raises(StorageError, match=r"SlowDown.*\nFix: the server is overloaded"):
+        storage.put("f", [b"1"])
+    assert proxy.count("PUT") == TRIES * CLIENT_TRIES
+
+
+def test_missing_credentials_are_told(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    storage = open_storage(f"s3://{s3_bucket}/run")
+    for verb in (storage.list, lambda: storage.put("f", [b"1"]), lambda: storage.publish("f", b"1")):
+        with pytest.raises(StorageError, match=r"credentials\nFix: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+            verb()
+
+
+@pytest.mark.parametrize(
+    ("code", "fix"),
+    [("InvalidAccessKeyId", "check AWS_ACCESS_KEY_ID"), ("ExpiredToken", "renew"), ("AccessDenied", "grant")],
+)
+def test_refused_credentials_are_told_and_no_secret_is(
+    storage: Storage, proxy: FaultProxy, code: str, fix: str
+) -> None:
+    proxy.fail(Fault(method="PUT", action="answer", times=100, status=403, code=code))
+    with pytest.raises(StorageError, match=rf"\({code}\)\nFix: {fix}") as caught:
+        storage.put("f", [b"1"])
+    assert caught.value.errno == errno.EACCES
+    assert "testing-secret" not in str(caught.value) + repr(caught.value.facts) + repr(storage)
+
+
+def test_expired_credentials_are_looked_up_anew_for_the_next_call(
+    s3_bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage(f"s3://{s3_bucket}/run")
+    storage.put("f", [b"1"])
+    proxy.fail(Fault(method="PUT", action="answer", status=400, code="ExpiredToken"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "renewed")
+    with pytest.raises(StorageError, match="ExpiredToken"):
+        storage.put("g", [b"1"])
+    assert "renewed" not in proxy.seen[-1].headers["authorization"]
+    storage.put("g", [b"1"])
+    assert "renewed" in proxy.seen[-1].headers["authorization"]
+
+
+def test_a_storage_option_that_nobody_knows_is_told(s3_bucket: str) -> None:
+    storage = open_storage(f"s3://{s3_bucket}/run", storage_options={"sekret": "hidden-value"})
+    with pytest.raises(StorageError, match=r"sekret.*\nFix: check the names in storage_options") as caught:
+        storage.list()
+    assert "hidden-value" not in str(caught.value)
+
+
+def test_credentials_and_endpoint_may_come_as_storage_options(
+    s3_bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(variable)
+    options = {"key": "my-key", "secret": "my-secret", "endpoint_url": proxy.endpoint}
+    storage = open_storage(f"s3://{s3_bucket}/run", storage_options=options)
+    storage.put("f", [b"1"])
+    assert "my-key" in proxy.seen[-1].headers["authorization"]
+    assert options == {"key": "my-key", "secret": "my-secret", "endpoint_url": proxy.endpoint}
+
+
+def test_checksums_that_older_servers_refuse_are_not_sent_unless_asked_for(
+    s3_bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sends_checksum(options: dict[str, Any]) -> bool:
+        open_storage(f"s3://{s3_bucket}/run", storage_options=options).put("f", [b"1"])
+        return any("checksum" in header or header == "x-amz-trailer" for header in proxy.seen[-1].headers)
+
+    assert not sends_checksum({})
+    assert sends_checksum({"config_kwargs": {"request_checksum_calculation": "when_supported"}})
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
+    assert sends_checksum({})
