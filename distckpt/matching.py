@@ -57,13 +57,15 @@ class Match:
         parts: The objects to load, in the state's order, the random-number generators last.
         problems: What does not fit, a line each.
         likes: For tensors of which the state holds just a part (DTensors): the state's tensor, by the entry's name.
-        kept: Keys of per-rank state of which the checkpoint has nothing for this rank.
+        kept: Keys of which the checkpoint has nothing for this rank: what is marked by `PerRank` stays as it is.
+        borrowed: Likewise, but not marked: these take rank 0's.
     """
 
     parts: list[Part] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     likes: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
+    borrowed: list[str] = field(default_factory=list)
 
     def wanted(self) -> list[str]:
         """Return the names of all tensor entries that have to be read."""
@@ -124,8 +126,10 @@ def match(state: Mapping[str, Any], manifest: Manifest, *, rank: int, selection:
             continue
         tree = _tree_of(entry.trees, rank=rank, per_rank=entry.per_rank)
         if tree is None:
-            result.kept.append(slot.key)
-            continue
+            (result.kept if slot.per_rank else result.borrowed).append(slot.key)
+            if slot.per_rank:
+                continue
+            tree = entry.trees[0]
         content = decode(tree, lambda tag, name: Reference(name=name, array=tag == "$array"))
         known += _names_below(slot, content)
         _match_slot(slot, content, manifest, selection, result)

@@ -222,11 +222,11 @@ def _load(
         return found
     manifest, matched = prepared[-1]
     ranks.agree(f"restore: loading {folder or names.MANIFEST}", lambda: apply(matched, staged), lambda _: None)
-    if matched.kept:
-        logger.warning(
-            "%s was saved by %d ranks; rank %d keeps its own %s",
-            *(path, manifest.world_size, ranks.rank, ", ".join(matched.kept)),
-        )
+    for keys, does in ((matched.kept, "keeps its own"), (matched.borrowed, "takes rank 0's")):
+        if keys:
+            logger.warning(
+                "%s was saved by %d ranks; rank %d %s %s", path, manifest.world_size, ranks.rank, does, ", ".join(keys)
+            )
     return manifest
 
 

@@ -34,7 +34,8 @@ class PerRank(Generic[T]):
     """Marks state that differs from rank to rank, such as a position in this rank's own data.
 
     Each rank's state is saved, and given back to the rank of the same number.
-    On a restore with more ranks than the checkpoint has, those that it does not know keep what they have.
+    On a restore with more ranks than the checkpoint has, those that it does not know keep what they have, with a
+    warning; state that is not marked, and was found to differ, they take from rank 0.
 
     Attributes:
         value: The object itself.

@@ -55,6 +55,8 @@ def test_state_that_differs_by_rank_survives_without_a_mark(ranks: RankPools, tm
         (100, {"rank": 0, "pos": 0}),
         (101, {"rank": 1, "pos": 1000}),
     ]
+    *_, third = ranks(3).run(jobs.load_differing, str(tmp_path / "one"))
+    assert third == (100, {"rank": 0, "pos": 0})
 
 
 def test_a_failing_state_dict_is_raised_on_all_ranks_with_the_ranks_name(ranks: RankPools, tmp_path: Path):
