@@ -1,0 +1,43 @@
+"""Train an image classifier; start it again, and it goes on where it was.
+
+    python train.py                                   the digits, alone
+    torchrun --nproc_per_node=8 train.py --config configs/imagefolder.yaml --train.epochs 90
+
+Settings come from a YAML file and from the command line, which wins: `python train.py --help` lists them all.
+The exit code is 0 if the run is complete or was asked to stop and has saved, 2 if a setting is wrong, else 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from distckpt.errors import ConfigError, DistckptError
+from distckpt.trainer import Trainer, parse_config, print_classes, show_messages
+
+IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"
+
+
+def main() -> int:
+    """Train as the command line says, and return the exit code."""
+    show_messages()
+    try:
+        result = Trainer(parse_config(sys.argv[1:])).fit()
+    except ConfigError as error:
+        return complain(str(error).replace("\nFix: ", "; "), code=2)
+    except DistckptError as error:
+        return complain(f"{type(error).__name__}: {error}", code=1)
+    if IS_FIRST_RANK and result.complete and result.evaluation is not None:
+        print_classes(result.evaluation, result.classes)
+    return 0
+
+
+def complain(message: str, *, code: int) -> int:
+    """Print what went wrong, once for all ranks, and return the exit code."""
+    if IS_FIRST_RANK:
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
