@@ -8,13 +8,13 @@ and 0.0 neither -0.0 nor 0.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from distckpt.arrays import Deviation, Source, batches, deviation, read
 from distckpt.manifest import Manifest, ObjectEntry, TensorEntry
+from distckpt.trees import exact_text, label, opened, reference
 from distckpt.values import Json, references
 
 Kind = Literal["added", "removed", "changed"]
@@ -66,14 +66,7 @@ def apart(first: Manifest, second: Manifest) -> dict[str, tuple[Json, Json]]:
     return {name: pair for name, pair in sorted(pairs.items()) if pair[0] != pair[1]}
 
 
-def num_values(manifest: Manifest) -> int:
-    """Return how many plain values a checkpoint's state has."""
-    trees = [tree for entry in manifest.objects.values() for tree in entry.trees]
-    return sum(not _is_reference(leaf) for tree in trees for leaf in _leaves(tree))
-
-
-def tensor_facts(entry: TensorEntry) -> dict[str, Json]:
-    """Return a tensor's facts as JSON."""
+def _tensor_facts(entry: TensorEntry) -> dict[str, Json]:
     return {"dtype": entry.dtype, "shape": list(entry.shape), "bytes": entry.num_bytes}
 
 
@@ -102,14 +95,14 @@ def _compare_tensors(first: Source, second: Source) -> Iterator[Change]:
         if old is not None and new is not None and (old.dtype, old.shape) == (new.dtype, new.shape):
             alike.append(name)
         else:
-            facts = (None if old is None else tensor_facts(old)), (None if new is None else tensor_facts(new))
+            facts = (None if old is None else _tensor_facts(old)), (None if new is None else _tensor_facts(new))
             yield _change("tensor", name, *facts)
     for batch in batches(first, alike):
         before, after = read(first, batch), read(second, batch)
         for name in sorted(batch):
             found = deviation(olds[name].dtype, before[name], after[name])
             if found is not None:
-                fact = tensor_facts(olds[name])
+                fact = _tensor_facts(olds[name])
                 yield Change(what="tensor", kind="changed", name=name, before=fact, after=fact, deviation=found)
 
 
@@ -131,82 +124,37 @@ class _Trees:
 
     def compare(self, name: str, before: Json, after: Json) -> Iterator[Change]:
         """Yield where two trees differ."""
-        if _text(before) == _text(after) or (self._is_told(before) and self._is_told(after)):
+        if exact_text(before) == exact_text(after) or (self._is_told(before) and self._is_told(after)):
             return
-        old, new = _opened(before), _opened(after)
+        old, new = opened(before), opened(after)
         if old is None or new is None or old[0] != new[0]:
             yield Change(what="value", kind="changed", name=name, before=before, after=after)
             return
         olds, news = old[1], new[1]
-        for label in [*olds, *(label for label in news if label not in olds)]:
-            inner = f"{name}.{_label(label)}"
-            if label in olds and label in news:
-                yield from self.compare(inner, olds[label], news[label])
-            elif label in olds:
-                yield from self._one_sided("removed", inner, olds[label])
+        for key in [*olds, *(key for key in news if key not in olds)]:
+            inner = f"{name}.{label(key)}"
+            if key in olds and key in news:
+                yield from self.compare(inner, olds[key], news[key])
+            elif key in olds:
+                yield from self._one_sided("removed", inner, olds[key])
             else:
-                yield from self._one_sided("added", inner, news[label])
+                yield from self._one_sided("added", inner, news[key])
         if olds.keys() == news.keys() and list(olds) != list(news):
-            orders = [_label(label) for label in olds], [_label(label) for label in news]
+            orders = [label(key) for key in olds], [label(key) for key in news]
             yield Change(what="order", kind="changed", name=name, before=orders[0], after=orders[1])
 
     def _one_sided(self, kind: Kind, name: str, tree: Json) -> Iterator[Change]:
         """Yield what of a tree that one checkpoint lacks is not told of as a tensor."""
         if self._is_told(tree):
             return
-        opened = _opened(tree) if any(references(tree)) else None
-        if opened is None:
+        container = opened(tree) if any(references(tree)) else None
+        if container is None:
             before, after = (None, tree) if kind == "added" else (tree, None)
             yield Change(what="value", kind=kind, name=name, before=before, after=after)
             return
-        for label, item in opened[1].items():
-            yield from self._one_sided(kind, f"{name}.{_label(label)}", item)
+        for key, item in container[1].items():
+            yield from self._one_sided(kind, f"{name}.{label(key)}", item)
 
     def _is_told(self, tree: Json) -> bool:
         """Say whether a tree is a reference to a tensor that is in one checkpoint only."""
-        return _is_reference(tree) and next(iter(tree.values())) in self.told
-
-
-def _is_reference(tree: Json) -> bool:
-    return isinstance(tree, dict) and len(tree) == 1 and next(iter(tree)) in ("$tensor", "$array")
-
-
-def _opened(tree: Json) -> tuple[str, dict[str, Json]] | None:
-    """Return what kind of container a tree is, and its items by their keys' JSON, in order; None if it is a leaf."""
-    if isinstance(tree, list):
-        return "list", {str(index): item for index, item in enumerate(tree)}
-    if not isinstance(tree, dict):
-        return None
-    tag = next(iter(tree), "")
-    if not tag.startswith("$"):
-        return "dict", {_text(name): item for name, item in tree.items()}
-    body = tree[tag]
-    if tag == "$tuple" and isinstance(body, list):
-        return tag, {str(index): item for index, item in enumerate(body)}
-    if tag in ("$dict", "$counter") and isinstance(body, list) and all(_is_pair(pair) for pair in body):
-        return tag.removeprefix("$"), {_text(name): item for name, item in body}
-    return None
-
-
-def _leaves(tree: Json) -> Iterator[Json]:
-    opened = _opened(tree)
-    if opened is None or not opened[1]:
-        yield tree
-        return
-    for item in opened[1].values():
-        yield from _leaves(item)
-
-
-def _is_pair(pair: Json) -> bool:
-    return isinstance(pair, list) and len(pair) == 2
-
-
-def _text(tree: Json) -> str:
-    """Return JSON as text that is the same for the same values only: 1, 1.0 and true differ, as do 0.0 and -0.0."""
-    return json.dumps(tree, sort_keys=True)
-
-
-def _label(text: str) -> str:
-    """Return a container's key as it stands in names."""
-    key = json.loads(text)
-    return key if isinstance(key, str) else text
+        return reference(tree) in self.told

@@ -398,8 +398,8 @@ def _checked(metrics: Mapping[str, float] | None) -> dict[str, float]:
     checked = {}
     for name, value in (metrics or {}).items():
         try:
-            checked[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
+            checked[str(name)] = float(value.item() if hasattr(value, "item") else value)
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(
                 problem=f"metric {name!r} is {value!r:.60}, not a number", fix=f'metrics={{"{name}": float(...)}}'
             ) from error

@@ -68,7 +68,10 @@ class Match:
     borrowed: list[str] = field(default_factory=list)
 
     def wanted(self) -> list[str]:
-        """Return the names of all tensor entries that have to be read."""
+        """Return the names of all tensor entries that have to be read.
+
+        Ranks: any.
+        """
         found: dict[str, None] = {}
         for part in self.parts:
             for reference in _references(part.content):
@@ -84,7 +87,10 @@ class Selection:
     only: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
-        """Say whether the entry of this name is to be loaded."""
+        """Say whether the entry of this name is to be loaded.
+
+        Ranks: any.
+        """
         return (not self.only or _any(self.only, name)) and not _any(self.skip, name)
 
     def check(self, known: Sequence[str]) -> None:
@@ -92,6 +98,8 @@ class Selection:
 
         Raises:
             UsageError: Names the pattern.
+
+        Ranks: any.
         """
         for pattern in (*self.skip, *self.only):
             if not any(_any((pattern,), name) for name in known):

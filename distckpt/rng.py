@@ -16,7 +16,10 @@ class RandomState:
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the generators' states as arrays, tensors and plain values."""
+        """Return the generators' states as arrays, tensors and plain values.
+
+        Ranks: any.
+        """
         version, words, gauss = random.getstate()
         state: dict[str, Any] = {
             "python": {"version": version, "words": np.array(words, dtype=np.uint32), "gauss": gauss},
@@ -28,7 +31,10 @@ class RandomState:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the generators; CUDA devices that are not here, and generators that were not saved, are passed over."""
+        """Set the generators; CUDA devices that are not here, and generators that were not saved, are passed over.
+
+        Ranks: any.
+        """
         python = state["python"]
         random.setstate((python["version"], tuple(int(word) for word in python["words"]), python["gauss"]))
         np.random.set_state(state["numpy"])

@@ -61,12 +61,18 @@ class Entry:
 
     @property
     def dtype(self) -> str:
-        """The dtype's name on storage."""
+        """The dtype's name on storage.
+
+        Ranks: any.
+        """
         return DTYPE_NAMES[self.tensor.dtype]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The whole tensor's shape."""
+        """The whole tensor's shape.
+
+        Ranks: any.
+        """
         return tuple(self.tensor.shape)
 
 
@@ -93,6 +99,8 @@ class FlatObject:
 
         It covers names, shapes, dtypes and plain values, and, of objects that are neither modules nor optimizers, the
         tensors' content: all of it up to `COMPARED_BYTES` a tensor, else a sample.
+
+        Ranks: any.
         """
         parts = [repr(self.tree)]
         for entry in self.entries:
@@ -102,7 +110,10 @@ class FlatObject:
         return digest("\n".join(parts).encode())
 
     def for_rank(self, rank: int) -> FlatObject:
-        """Return this object as one of `rank`'s own: its entries carry the rank in their names."""
+        """Return this object as one of `rank`'s own: its entries carry the rank in their names.
+
+        Ranks: any.
+        """
 
         def renamed(name: str) -> str:
             return f"rank-{rank:05d}:{name}"

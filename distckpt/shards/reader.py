@@ -142,7 +142,10 @@ class ShardReader(StorageReader):
         return self._opened
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin a new load; a `checkpoint_id` that DCP was given takes the path's place."""
+        """Begin a new load; a `checkpoint_id` that DCP was given takes the path's place.
+
+        Ranks: any.
+        """
         if checkpoint_id is not None:
             self._path = checkpoint_id
         self._opened = None
@@ -153,18 +156,29 @@ class ShardReader(StorageReader):
         Raises:
             CheckpointNotFoundError: There is no checkpoint.
             CheckpointDamagedError: Its manifest is not whole.
+
+        Ranks: any.
         """
         return to_metadata(self._open()[2])
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Remember nothing: every rank reads the manifest."""
+        """Remember nothing: every rank reads the manifest.
+
+        Ranks: any.
+        """
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return the plan as it is."""
+        """Return the plan as it is.
+
+        Ranks: any.
+        """
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return the plans as they are."""
+        """Return the plans as they are.
+
+        Ranks: any.
+        """
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -173,6 +187,8 @@ class ShardReader(StorageReader):
         Raises:
             CheckpointDamagedError: Bytes are missing or wrong.
             StorageError: A file could not be read.
+
+        Ranks: any.
         """
         storage, folder, manifest = self._open()
         read_plan(storage, folder, manifest, plan, planner)
@@ -190,7 +206,10 @@ class ShardReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Say whether DCP may choose this reader by the path alone: no, it has to be asked for."""
+        """Say whether DCP may choose this reader by the path alone: no, it has to be asked for.
+
+        Ranks: any.
+        """
         return False
 
 

@@ -36,7 +36,10 @@ class RankShare:
     offsets: tuple[int, ...]
 
     def to_json(self) -> Json:
-        """Return the share as JSON, for rank 0."""
+        """Return the share as JSON, for rank 0.
+
+        Ranks: any.
+        """
         if self.file is None:
             return None
         segments = [[segment.num_bytes, segment.digest] for segment in self.file.segments]
@@ -50,7 +53,10 @@ class RankShare:
 
     @classmethod
     def from_json(cls, body: Json) -> RankShare:
-        """Return the share that `to_json` described."""
+        """Return the share that `to_json` described.
+
+        Ranks: any.
+        """
         if body is None:
             return cls(file=None, blocks=(), offsets=())
         name, rank, num_bytes, segments = body["file"]

@@ -93,26 +93,41 @@ class ShardWriter(StorageWriter):
 
     @property
     def storage(self) -> Storage:
-        """The checkpoint's folder, opened at first use."""
+        """The checkpoint's folder, opened at first use.
+
+        Ranks: any.
+        """
         if self._storage is None:
             self._storage = open_storage(self._path, storage_options=self._storage_options)
         return self._storage
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin a new save; a `checkpoint_id` that DCP was given takes the path's place."""
+        """Begin a new save; a `checkpoint_id` that DCP was given takes the path's place.
+
+        Ranks: any.
+        """
         if checkpoint_id is not None:
             self._path, self._storage = checkpoint_id, None
         self._attempt = ""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Remember nothing: every rank writes."""
+        """Remember nothing: every rank writes.
+
+        Ranks: any.
+        """
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return the plan as it is."""
+        """Return the plan as it is.
+
+        Ranks: any.
+        """
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give the save a name that no other has, known to all ranks."""
+        """Give the save a name that no other has, known to all ranks.
+
+        Ranks: any.
+        """
         attempt = names.new_attempt()
         return [replace(plan, storage_data=attempt) for plan in plans]
 
@@ -122,6 +137,8 @@ class ShardWriter(StorageWriter):
         Raises:
             StorageError: It could not be written.
             UnsupportedStateError: A value cannot be saved; names the key.
+
+        Ranks: any.
         """
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         share = write_share(self.storage, "", plan.storage_data, rank=rank, plan=plan, planner=planner)
@@ -147,6 +164,8 @@ class ShardWriter(StorageWriter):
         Raises:
             CheckpointExistsError: There is a checkpoint in this folder already.
             StorageError: The manifest could not be published.
+
+        Ranks: any.
         """
         written = [rank_results[0].storage_data for rank_results in results if rank_results]
         values: dict[str, Json] = {}
@@ -165,12 +184,18 @@ class ShardWriter(StorageWriter):
         publish(self.storage, "", assemble(header, shares))
 
     def storage_meta(self) -> StorageMeta | None:
-        """Return where the checkpoint lies."""
+        """Return where the checkpoint lies.
+
+        Ranks: any.
+        """
         return StorageMeta(checkpoint_id=str(self._path))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Say whether DCP may choose this writer by the path alone: no, it has to be asked for."""
+        """Say whether DCP may choose this writer by the path alone: no, it has to be asked for.
+
+        Ranks: any.
+        """
         return False
 
 
