@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 
 from distckpt import names
 from distckpt.checksum import digest
@@ -74,6 +74,12 @@ class Folder:
     def name(self) -> str:
         """The folder's name."""
         return names.step_name(self.step)
+
+    @property
+    def manifest_bytes(self) -> int:
+        """The size of its manifest; 0 if there is none."""
+        wanted = names.join(self.name, names.MANIFEST)
+        return sum(file.num_bytes for file in self.files if file.name == wanted)
 
     @property
     def num_bytes(self) -> int:
@@ -155,21 +161,33 @@ def describe(storage: Storage, manifest: Manifest, *, folder: str, pinned: bool 
     )
 
 
-def committed(storage: Storage, folders: Iterable[Folder]) -> list[Checkpoint]:
+def committed(
+    storage: Storage, folders: Iterable[Folder], *, known: MutableMapping[tuple[int, int], Checkpoint] | None = None
+) -> list[Checkpoint]:
     """Return the facts of every committed checkpoint among `folders` whose manifest is whole, oldest first.
+
+    Args:
+        storage: The directory.
+        folders: What `scan` found in it.
+        known: Facts from before, by step and the manifest's size in bytes: these manifests are not read again. New
+            ones are added.
 
     Raises:
         StorageError: A manifest could not be read. One that vanishes meanwhile is left out.
     """
     found = []
+    facts = {} if known is None else known
     for folder in folders:
         if not folder.committed:
             continue
-        try:
-            manifest = read_manifest(storage, folder.name)
-        except (CheckpointDamagedError, CheckpointNotFoundError):
-            continue
-        found.append(describe(storage, manifest, folder=folder.name, pinned=folder.pinned))
+        key = folder.step, folder.manifest_bytes
+        if key not in facts:
+            try:
+                manifest = read_manifest(storage, folder.name)
+            except (CheckpointDamagedError, CheckpointNotFoundError):
+                continue
+            facts[key] = describe(storage, manifest, folder=folder.name)
+        found.append(replace(facts[key], pinned=folder.pinned))
     return found
 
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from distckpt import catalog, names
 from distckpt.errors import DistckptError, UsageError
-from distckpt.manifest import Layout, ObjectEntry
+from distckpt.manifest import Layout, Manifest, ObjectEntry
 from distckpt.ranks import Ranks
 from distckpt.shards import Header, RankShare, ShardSavePlanner, assemble, publish, write_share
 from distckpt.staging import Staging
@@ -204,8 +204,19 @@ def _from_text(body: Json) -> torch.Tensor:
     return flat.reshape(shape)
 
 
-def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """What rank 0 published: the manifest, and its file's size in bytes."""
+
+    manifest: Manifest
+    num_bytes: int
+
+
+def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed | None:
     """Write this rank's share, and once every rank has, publish the manifest.
+
+    Returns:
+        On rank 0 what was published, on the others None.
 
     Raises:
         RankFailedError: A rank failed; the save is abandoned, and what it wrote is removed as far as possible.
@@ -216,7 +227,8 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> None:
     Ranks: all (collective); blocks until the checkpoint is committed.
     """
     request = save.request
-    published = False
+    published: list[Committed] = []
+    tried = False
 
     def write() -> Json:
         if save.failure is not None:
@@ -230,7 +242,7 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> None:
         return {"share": share.to_json(), "trees": trees, "timings": timings}
 
     def finish(facts: list[Json]) -> None:
-        nonlocal published
+        nonlocal tried
         objects = {
             o.key: ObjectEntry(
                 kind=o.kind,
@@ -252,13 +264,15 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> None:
             config=request.config,
         )
         manifest = assemble(header, [RankShare.from_json(fact["share"]) for fact in facts])
-        published = True  # from here on it may be there, whatever is raised
-        publish(storage, request.folder, manifest)
+        tried = True  # from here on it may be there, whatever is raised
+        num_bytes = publish(storage, request.folder, manifest)
+        published.append(Committed(manifest=manifest, num_bytes=num_bytes))
 
     try:
         ranks.agree(request.action, write, finish)
     except BaseException:
-        if ranks.rank == 0 and not published:
+        if ranks.rank == 0 and not tried:
             with contextlib.suppress(Exception):
                 catalog.remove_attempt(storage, request.folder, save.attempt)
         raise
+    return published[0] if published else None

@@ -100,6 +100,7 @@ class CheckpointManager:
         self._parent: dict[str, Json] | None = None
         self._resumed_from: int | None = None
         self._saved_step: int | None = None
+        self._known: dict[tuple[int, int], Checkpoint] = {}
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -325,10 +326,12 @@ class CheckpointManager:
         """Write and commit a prepared save, then prune."""
         begun = time.monotonic()
         step = prepared.request.step
-        commit(prepared, ranks=ranks, storage=self._storage)
+        done = commit(prepared, ranks=ranks, storage=self._storage)
         self._saved_step = step
         self._parent = {"step": step, "attempt": prepared.attempt}
-        if ranks.rank == 0:
+        if done is not None:
+            facts = catalog.describe(self._storage, done.manifest, folder=prepared.request.folder)
+            self._known[step, done.num_bytes] = facts
             logger.info(
                 "saved step %d to %s: stall %.3f s, written in %.2f s",
                 *(step, self.directory, stall_s, time.monotonic() - begun),
@@ -340,7 +343,7 @@ class CheckpointManager:
         try:
             folders = catalog.scan(self._storage)
             plan = decide(
-                catalog.committed(self._storage, folders),
+                catalog.committed(self._storage, folders, known=self._known),
                 self._retention,
                 now=time.time(),
                 resumed_from=self._resumed_from,

@@ -186,7 +186,7 @@ def parse(data: bytes, *, path: str) -> Manifest:
         if version > FORMAT:
             raise FormatVersionError(path=path, found=version, supported=FORMAT)
         manifest = _from_body(body)
-        _check(manifest)
+        check(manifest)
     except (
         ValueError,
         KeyError,
@@ -238,8 +238,12 @@ def _from_body(body: dict[str, Any]) -> Manifest:
     )
 
 
-def _check(manifest: Manifest) -> None:
-    """Check what the parts claim about each other."""
+def check(manifest: Manifest) -> None:
+    """Return if the parts of a manifest do not contradict each other.
+
+    Raises:
+        ValueError: They do; says where.
+    """
     seen = [file.name for file in manifest.files]
     if len(set(seen)) != len(seen):
         raise ValueError("two data files have one name")

@@ -15,7 +15,18 @@ import torch
 
 from distckpt import names
 from distckpt.errors import CheckpointExistsError, DistckptError, RankFailedError
-from distckpt.manifest import Chunk, DataFile, Layout, Manifest, ObjectEntry, Segment, TensorEntry, parse, serialize
+from distckpt.manifest import (
+    Chunk,
+    DataFile,
+    Layout,
+    Manifest,
+    ObjectEntry,
+    Segment,
+    TensorEntry,
+    check,
+    parse,
+    serialize,
+)
 from distckpt.plan import Block
 from distckpt.storage import Storage
 from distckpt.values import Json
@@ -127,8 +138,8 @@ def assemble(header: Header, shares: Sequence[RankShare]) -> Manifest:
         config=header.config,
     )
     try:
-        parse(serialize(manifest), path="the new checkpoint")
-    except DistckptError as error:
+        check(manifest)
+    except ValueError as error:
         raise RankFailedError(
             action=f"save of step {header.step}", rank=0, host=socket.gethostname(), cause=str(error)
         ) from error
@@ -147,8 +158,8 @@ def versions() -> dict[str, str]:
     return {"distckpt": version("distckpt"), "python": platform.python_version(), "torch": str(torch.__version__)}
 
 
-def publish(storage: Storage, folder: str, manifest: Manifest) -> None:
-    """Commit: publish the manifest; from here on the checkpoint exists.
+def publish(storage: Storage, folder: str, manifest: Manifest) -> int:
+    """Commit: publish the manifest, and return its size in bytes; from here on the checkpoint exists.
 
     Raises:
         CheckpointExistsError: Another attempt has committed this step.
@@ -157,10 +168,12 @@ def publish(storage: Storage, folder: str, manifest: Manifest) -> None:
     Ranks: rank 0, once every rank's share is durable.
     """
     name = names.join(folder, names.MANIFEST)
+    data = serialize(manifest)
     try:
-        storage.publish(name, serialize(manifest))
+        storage.publish(name, data)
     except FileExistsError as error:
-        raise CheckpointExistsError(path=names.join(storage.url, name), found=_who(storage, name), fix=None) from error
+        raise CheckpointExistsError(path=names.join(storage.url, name), found=_who(storage, name)) from error
+    return len(data)
 
 
 def _who(storage: Storage, name: str) -> str:

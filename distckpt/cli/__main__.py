@@ -1,0 +1,5 @@
+"""`python -m distckpt.cli` is `distckpt`."""
+
+from distckpt.cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""Exit codes, and which of them an error means."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from distckpt.errors import (
+    CheckpointDamagedError,
+    CheckpointNotFoundError,
+    ConfigError,
+    DependencyError,
+    DistckptError,
+    FormatVersionError,
+    StorageError,
+    UsageError,
+)
+
+
+class Exit(IntEnum):
+    """What a command leaves its process with; `distckpt.cli` has the table."""
+
+    FINE = 0
+    DIFFERENT = 1
+    USAGE = 2
+    NOTHING = 3
+    STORAGE = 4
+    UNREADABLE = 5
+    BUG = 70
+
+
+def exit_of(error: DistckptError) -> Exit:
+    """Return the exit code that an error means."""
+    match error:
+        case ConfigError() | UsageError() | DependencyError():
+            return Exit.USAGE
+        case CheckpointNotFoundError():
+            return Exit.NOTHING
+        case StorageError():
+            return Exit.STORAGE
+        case CheckpointDamagedError() | FormatVersionError():
+            return Exit.UNREADABLE
+        case _:
+            return Exit.BUG

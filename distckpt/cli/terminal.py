@@ -1,0 +1,161 @@
+"""What goes to the terminal: data to stdout, talk to stderr; and figures in words.
+
+Invariant: rich is imported when something is drawn, not before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from distckpt.storage import CountingStorage, Storage
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
+
+_UNBOUNDED = 10_000  # columns; what reads a pipe has no edge to wrap at
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_AGES = ((60, "s", 1), (3600, "min", 60), (86_400, "h", 3600), (math.inf, "d", 86_400))
+
+
+def output() -> Console:
+    """Return the console for data."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _UNBOUNDED)
+
+
+def say(text: str) -> None:
+    """Print talk: one line on stderr."""
+    _talk().print(text, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Print an error on stderr."""
+    from rich.text import Text
+
+    _talk().print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
+def _talk() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print a command's answer as JSON."""
+    print(json.dumps(finite(value), indent=2, allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with what JSON lacks, NaN and the infinities, as strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def make_table(columns: Sequence[str], *, right: Sequence[str] = ()) -> Table:
+    """Return an empty table with these headings; those in `right` are of numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+class _WatchedStorage(CountingStorage):
+    """A storage that says how much is read from it."""
+
+    def __init__(self, inner: Storage, progress: Progress, task: TaskID) -> None:
+        super().__init__(inner)
+        self._progress = progress
+        self._task = task
+
+    def read(self, name: str, offset: int, into: memoryview) -> None:
+        """Read from the inner storage."""
+        super().read(name, offset, into)
+        self._progress.advance(self._task, into.nbytes)
+
+
+@contextmanager
+def watched(what: str, storages: Sequence[Storage], *, total_bytes: int) -> Iterator[list[Storage]]:
+    """Show on a terminal how much of the storages that it gives back was read, until the block ends."""
+    if not sys.stderr.isatty():
+        yield list(storages)
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    # What is printed meanwhile must not be drawn over; but in a pipe it is data, which is not for stderr.
+    on_screen = sys.stdout.isatty()
+    with Progress(*columns, console=_talk(), transient=True, redirect_stdout=on_screen) as progress:
+        task = progress.add_task(what, total=total_bytes)
+        yield [_WatchedStorage(storage, progress, task) for storage in storages]
+
+
+def size_text(num_bytes: float) -> str:
+    """Return a size in words: "6.8 MB"."""
+    unit = 0
+    while num_bytes >= 999.5 and unit < len(_UNITS) - 1:
+        num_bytes /= 1000
+        unit += 1
+    return f"{num_bytes:.{0 if unit == 0 or num_bytes >= 99.95 else 1}f} {_UNITS[unit]}"
+
+
+def age_text(moment: float) -> str:
+    """Return how long ago a moment, in seconds since 1970, was: "3 min ago"."""
+    seconds = max(0.0, time.time() - moment)
+    unit, divisor = next((unit, divisor) for limit, unit, divisor in _AGES if seconds < limit)
+    return f"{seconds / divisor:.0f} {unit} ago"
+
+
+def moment_text(moment: float) -> str:
+    """Return a moment, in seconds since 1970, in this machine's time: "2026-03-01 12:04:31"."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+    except (ValueError, OverflowError, OSError):
+        return f"{moment:.0f}"
+
+
+def date_text(moment: float | None) -> str:
+    """Return how long ago a moment was, or its date if that is more than a day; "" if it is not known."""
+    if moment is None:
+        return ""
+    return age_text(moment) if time.time() - moment < 86_400 else moment_text(moment)[:16]
+
+
+def count_text(number: int, noun: str) -> str:
+    """Return a number of things: "1 file", "2,000 files"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def metrics_text(metrics: dict[str, float]) -> str:
+    """Return metrics on one line: "val/loss 0.0021  val/top1 0.97"."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
+
+
+def flattened(settings: Any, name: str, *, text: Callable[[Any], str] | None = None) -> Iterator[tuple[str, str]]:
+    """Yield nested settings, each under its dotted name, in words; None is no words."""
+    if isinstance(settings, dict) and settings:
+        for key, item in settings.items():
+            yield from flattened(item, f"{name}.{key}" if name else key, text=text)
+    else:
+        yield name, "" if settings is None else (text or setting_text)(settings)
+
+
+def setting_text(setting: Any) -> str:
+    """Return a setting, a metric or a time on one line."""
+    return f"{setting:.6g}" if isinstance(setting, float) else str(setting)

@@ -1,0 +1,162 @@
+"""`distckpt ls` lists all that lies in a run's directory, and marks what is no good checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import distckpt
+from distckpt import catalog
+from distckpt.checksum import digest
+from distckpt.storage import open_storage
+
+Command = Callable[..., Any]
+
+FIELDS = {
+    "step", "path", "state", "problem", "bytes", "modified", "pinned",
+    "created", "world_size", "layout", "metrics", "run", "attempt",
+}  # fmt: skip
+
+
+def flip(file: Path, *, offset: int = 40) -> None:
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1
+    file.write_bytes(data)
+
+
+def listed(command: Command, url: object) -> list[dict[str, Any]]:
+    result = command("ls", url, "--json")
+    assert result.exit_code == 0
+    checkpoints: list[dict[str, Any]] = json.loads(result.stdout)["checkpoints"]
+    return checkpoints
+
+
+def spoil(run: Path) -> None:
+    """Leave 10 partial, and 20 put aside as damaged; pin 30."""
+    (run / "step-000000000010" / "manifest.json").unlink()
+    catalog.quarantine(open_storage(run), "step-000000000020", reason="a reason")
+    (run / "step-000000000030" / "pinned.json").write_text("{}")
+
+
+def test_each_checkpoint_is_a_line_with_its_facts(command: Command, run: Path) -> None:
+    result = command("ls", run)
+    assert result.exit_code == 0
+    head, *lines = result.stdout.splitlines()
+    assert head.split() == ["step", "state", "created", "size", "ranks", "layout", "metrics"]
+    assert [line.split()[:2] for line in lines] == [[step, "committed"] for step in ("10", "20", "30")]
+    assert re.search(r"\d s ago .* kB .* 1 .*sharded .*val/loss 0\.1  val/top1 0\.5", lines[0])
+    assert "3 committed" in result.stderr
+
+
+def test_json_has_the_documented_fields(command: Command, run: Path) -> None:
+    checkpoints = listed(command, run)
+    assert [checkpoint["step"] for checkpoint in checkpoints] == [10, 20, 30]
+    assert all(checkpoint.keys() == FIELDS for checkpoint in checkpoints)
+    newest = checkpoints[-1]
+    known = {"state": "committed", "problem": None, "pinned": False, "world_size": 1, "layout": "sharded"}
+    assert known.items() <= newest.items()
+    assert newest["path"] == str(run / "step-000000000030")
+    assert newest["metrics"] == {"val/loss": 0.3, "val/top1": 0.5}
+    (data,) = (run / "step-000000000030" / newest["attempt"]).iterdir()
+    assert newest["bytes"] == data.stat().st_size
+
+
+def test_partial_damaged_and_pinned_ones_are_marked(command: Command, run: Path) -> None:
+    spoil(run)
+    result = command("ls", run)
+    lines = [line.split() for line in result.stdout.splitlines()[1:]]
+    assert [line[:2] for line in lines] == [["10", "partial"], ["20", "damaged"], ["30", "committed,"]]
+    assert lines[2][2] == "pinned"
+    assert "step 20: damaged-" in result.stderr
+    assert "was put aside: a reason" in result.stderr
+    facts = listed(command, run)
+    assert [(one["state"], one["pinned"]) for one in facts] == [
+        ("partial", False),
+        ("damaged", False),
+        ("committed", True),
+    ]
+    assert facts[0]["created"] is facts[1]["metrics"] is None
+
+
+def test_a_manifest_that_is_not_whole_is_damaged(command: Command, run: Path) -> None:
+    flip(run / "step-000000000020" / "manifest.json")
+    assert [one["state"] for one in listed(command, run)] == ["committed", "damaged", "committed"]
+
+
+def test_a_newer_format_is_marked_and_stops_nothing(command: Command, run: Path) -> None:
+    file = run / "step-000000000030" / "manifest.json"
+    body = file.read_text().replace('"format":1', '"format":2').rpartition(',"xxh3"')[0]
+    file.write_text(f'{body},"xxh3":"{digest(body.encode())}"}}\n')
+    assert [one["state"] for one in listed(command, run)] == ["committed", "committed", "newer format"]
+    assert command("show", run, "--step", 30).exit_code == 5
+
+
+def test_a_checkpoints_own_folder_is_one_line(command: Command, run: Path) -> None:
+    spoil(run)
+    states = []
+    for step in (10, 20, 30):
+        (one,) = listed(command, run / f"step-{step:012d}")
+        assert (one["step"], one["path"]) == (step, str(run / f"step-{step:012d}"))
+        states.append((one["state"], one["pinned"]))
+    assert states == [("partial", False), ("damaged", False), ("committed", True)]
+
+
+def test_a_checkpoint_in_a_folder_of_any_name_is_found(command: Command, run: Path, tmp_path: Path) -> None:
+    shutil.move(run / "step-000000000020", tmp_path / "best")
+    (one,) = listed(command, tmp_path / "best")
+    assert (one["step"], one["state"]) == (20, "committed")
+
+
+def test_numbers_that_json_lacks_are_strings(command: Command, tmp_path: Path) -> None:
+    distckpt.save(tmp_path / "one", {"x": 1}, metrics={"loss": float("nan"), "top": float("-inf")})
+    (one,) = listed(command, tmp_path / "one")
+    assert one["metrics"] == {"loss": "nan", "top": "-inf"}
+
+
+@pytest.mark.parametrize("verb", ["ls", "show", "verify", "prune"])
+def test_a_directory_without_checkpoints_is_one_clear_error(command: Command, tmp_path: Path, verb: str) -> None:
+    more = ["--keep", 1] if verb == "prune" else []
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "missing"):
+        result = command(verb, tmp_path / name, "--json", *more)
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert f"no checkpoint in '{tmp_path / name}': it is empty, or not there" in result.stderr
+        assert "\nFix: give a run's directory" in result.stderr
+    (tmp_path / "empty" / "notes.txt").write_text("hello")
+    result = command(verb, tmp_path / "empty", *more)
+    assert result.exit_code == 3
+    assert "its 1 files are none of a checkpoint's" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["ls", "{file}"], 4, "Not a directory"),
+        (["ls", "s4://bucket/run"], 2, "did you mean 's3'"),
+        (["ls", "{run}", "--storage-options", "{}"], 0, ""),
+        (["ls", "{run}", "--storage-options", '{"key": 1}'], 2, "a local path, which takes none"),
+        (["ls", "{run}", "--storage-options", "key"], 2, "no JSON"),
+        (["ls", "{run}", "--storage-options", "[1]"], 2, "no JSON object"),
+        (["ls"], 2, "URL"),
+        (["list", "{run}"], 2, "No such command"),
+        (["show", "{run}", "--step", "7"], 3, "of step 7 there is none; committed are 10, 20, 30"),
+        (["show", "{run}", "--step", "-1"], 2, "--step"),
+        (["verify", "{run}", "--step", "7"], 3, "none of that step"),
+        (["diff", "{run}", "{run}/nowhere"], 3, "no checkpoint in"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message_and_an_exit_code(
+    command: Command, run: Path, args: list[str], code: int, words: str
+) -> None:
+    file = run / "file"
+    file.touch()
+    result = command(*(arg.replace("{run}", str(run)).replace("{file}", str(file)) for arg in args))
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
