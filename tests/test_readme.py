@@ -23,7 +23,7 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     namespace: dict[str, Any] = {}
     assert len(blocks()) > 5
     for line, code in blocks():
-        exec(compile("\n" * (line - 1) + code, str(README), "exec"), namespace)  # noqa: S102
+        exec(compile("\n" * (line - 1) + code, str(README), "exec"), namespace)
     assert (tmp_path / "runs/first/step-000000000200/manifest.json").is_file()
 
 
