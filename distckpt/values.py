@@ -195,31 +195,3 @@ def rename(tree: Json, renamed: Callable[[str], str]) -> Json:
         tag: renamed(item) if tag in ("$tensor", "$array") and isinstance(item, str) else rename(item, renamed)
         for tag, item in tree.items()
     }
-
-
-def leaves(tree: Json, key: str) -> Iterator[tuple[str, Json]]:
-    """Yield (key, JSON) for each leaf of `tree`: plain values, tagged scalars, references, and empty containers."""
-    if isinstance(tree, dict) and tree:
-        tag = next(iter(tree))
-        if tag == "$tuple":
-            yield from leaves(tree[tag], key) if tree[tag] else [(key, tree)]
-            return
-        if tag in ("$dict", "$counter"):
-            if not tree[tag]:
-                yield key, tree
-            for name, item in tree[tag]:
-                yield from leaves(item, f"{key}.{name if not isinstance(name, dict) else _plain(name)}")
-            return
-        if not tag.startswith("$"):
-            for name, item in tree.items():
-                yield from leaves(item, f"{key}.{name}")
-            return
-    elif isinstance(tree, list) and tree:
-        for index, item in enumerate(tree):
-            yield from leaves(item, f"{key}.{index}")
-        return
-    yield key, tree
-
-
-def _plain(name: Json) -> Any:
-    return decode(name, lambda _tag, reference: reference)
