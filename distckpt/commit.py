@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.planner import SavePlan
 
 from distckpt import catalog, names
 from distckpt.errors import DistckptError, UsageError
 from distckpt.manifest import Layout, Manifest, ObjectEntry
+from distckpt.plan import Block
 from distckpt.ranks import Ranks
-from distckpt.shards import Header, RankShare, ShardSavePlanner, assemble, publish, write_share
+from distckpt.shards import Header, RankShare, assemble, own_share, publish, write_share
 from distckpt.staging import Staging
 from distckpt.state import FlatObject, flatten, gathered
 from distckpt.storage import Storage
@@ -68,8 +68,8 @@ class PreparedSave:
         request: What the save was told.
         attempt: The save's name.
         objects: The state's keys, flattened.
-        plan: What this rank writes.
-        planner: Gives the staged bytes of each item of the plan.
+        blocks: What this rank writes, in the order of its file.
+        payload: Their staged bytes, one after another.
         stage_s: Seconds that planning and staging took.
         failure: What went wrong on this rank since the ranks agreed to save; the commit tells all.
     """
@@ -77,8 +77,8 @@ class PreparedSave:
     request: SaveRequest
     attempt: str
     objects: tuple[FlatObject, ...]
-    plan: SavePlan
-    planner: ShardSavePlanner
+    blocks: tuple[Block, ...]
+    payload: memoryview
     stage_s: float
     failure: Exception | None = None
 
@@ -106,22 +106,23 @@ def prepare(state: Mapping[str, Any], request: SaveRequest, *, ranks: Ranks, sta
     verdict = ranks.agree(request.action, describe, _compare)
     own = set(verdict["per_rank"])
     objects = tuple(o.for_rank(ranks.rank) if o.key in own else o for o in flat)
-    planner, plan, failure = ShardSavePlanner(rank=0, num_writers=1), SavePlan([]), None
+    share: list[tuple[Block, torch.Tensor]] = []
+    payload, failure = memoryview(b""), None
     try:
         if request.layout == "full":
             objects = tuple(gathered(o, keep=ranks.rank == 0) for o in objects)
-            planner, plan = _plan_full(objects, request, ranks)
+            share = _share_full(objects, request, ranks)
         else:
-            planner, plan = _plan_sharded(objects, ranks)
-        planner.stage(staging)
+            share = _share_sharded(objects, ranks)
+        payload = staging.stage([data for _, data in share])
     except (DistckptError, RuntimeError, ValueError, MemoryError) as error:
         failure = error
     return PreparedSave(
         request=request,
         attempt=verdict["attempt"],
         objects=objects,
-        plan=plan,
-        planner=planner,
+        blocks=tuple(block for block, _ in share),
+        payload=payload,
         stage_s=time.monotonic() - begun,
         failure=failure,
     )
@@ -155,24 +156,22 @@ def _compare(facts: list[Json]) -> Json:
     return {"attempt": names.new_attempt(), "per_rank": sorted(per_rank)}
 
 
-def _plan_sharded(objects: tuple[FlatObject, ...], ranks: Ranks) -> tuple[ShardSavePlanner, SavePlan]:
-    """Plan this rank's share where all ranks write."""
+def _share_sharded(objects: tuple[FlatObject, ...], ranks: Ranks) -> list[tuple[Block, torch.Tensor]]:
+    """Return this rank's share where all ranks write."""
     entries = [(o, entry) for o in objects for entry in o.entries]
-    planner = ShardSavePlanner(
+    return own_share(
+        {e.name: e.tensor for _, e in entries},
         rank=ranks.rank,
         num_writers=ranks.world_size,
         owners={e.name: e.owner for o, e in entries if e.owner is not None and not o.per_rank},
         private={e.name for o, e in entries if o.per_rank},
     )
-    planner.set_up_planner({e.name: e.tensor for _, e in entries})
-    return planner, planner.create_local_plan()
 
 
-def _plan_full(
+def _share_full(
     objects: tuple[FlatObject, ...], request: SaveRequest, ranks: Ranks
-) -> tuple[ShardSavePlanner, SavePlan]:
-    """Plan the save by rank 0 alone, to which the others send what only they have."""
-    planner = ShardSavePlanner(rank=0, num_writers=1)
+) -> list[tuple[Block, torch.Tensor]]:
+    """Return everything on rank 0, to which the others send what only they have, and nothing on them."""
     own = {e.name: e.tensor for o in objects if o.per_rank for e in o.entries}
     received: dict[str, torch.Tensor] = {}
     if any(o.per_rank for o in objects) and ranks.world_size > 1:
@@ -187,10 +186,9 @@ def _plan_full(
             receive,
         )
     if ranks.rank != 0:
-        planner.set_up_planner({})
-        return planner, planner.create_local_plan()
-    planner.set_up_planner({**{e.name: e.tensor for o in objects for e in o.entries}, **received})
-    return planner, planner.create_local_plan()
+        return []
+    tensors = {e.name: e.tensor for o in objects for e in o.entries}
+    return own_share({**tensors, **received}, rank=0, num_writers=1)
 
 
 def _to_text(tensor: torch.Tensor) -> Json:
@@ -235,7 +233,7 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
             raise save.failure
         begun = time.monotonic()
         share = write_share(
-            storage, request.folder, save.attempt, rank=ranks.rank, plan=save.plan, planner=save.planner
+            storage, request.folder, save.attempt, rank=ranks.rank, blocks=save.blocks, payload=save.payload
         )
         timings = {"stage_s": save.stage_s, "write_s": time.monotonic() - begun}
         trees = {o.key: o.tree for o in save.objects if o.per_rank}

@@ -1,13 +1,16 @@
 """Data files: safetensors files written with digests on the way, and read in ranges that are checked on the way.
 
-A file is cut into segments, each with a digest: the header, large tensors in pieces of `SEGMENT_BYTES`, and runs of
-small tensors together; so a reader can check just what it reads.
+A file is cut into segments, each with a digest: the header, and then pieces of `SEGMENT_BYTES`; so a reader can check
+just what it reads.
 Invariant: `read_ranges` hands out no byte that its segment's digest does not vouch for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from distckpt import names
@@ -15,12 +18,13 @@ from distckpt.checksum import digest
 from distckpt.errors import CheckpointDamagedError
 from distckpt.manifest import DataFile, Segment
 from distckpt.safetensors import Piece, make_header
-from distckpt.storage import Buffer, Storage
+from distckpt.storage import Storage
 
 # Large enough that a read is efficient and digests are few, small enough that reading a part of a tensor reads little
 # more, and that a segment is still in the processor's cache when it is hashed after it was read.
 SEGMENT_BYTES = 4 << 20
-_RUN_BYTES = 1 << 20  # small tensors share a segment up to this
+# Reading, hashing and copying release the GIL, so that threads overlap them.
+NUM_READERS = min(4, 2 * (os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +46,7 @@ class Range:
 
 
 def write(
-    storage: Storage, folder: str, name: str, *, rank: int, pieces: Sequence[Piece], data: Sequence[memoryview]
+    storage: Storage, folder: str, name: str, *, rank: int, pieces: Sequence[Piece], payload: memoryview
 ) -> tuple[DataFile, list[int]]:
     """Write a data file, durable when this returns but for its directory entry.
 
@@ -52,7 +56,7 @@ def write(
         name: The file's name in the checkpoint.
         rank: The rank that writes it.
         pieces: What the file holds, in order.
-        data: The bytes of each piece.
+        payload: The bytes of all pieces, one after another.
 
     Returns:
         The file's facts, and the offset of each piece from the file's start.
@@ -61,45 +65,19 @@ def write(
         StorageError: It could not be written; nothing of that name is left.
     """
     header = make_header(pieces, metadata={"format": "pt"})
-    segments: list[Segment] = []
-    size = storage.put(names.join(folder, name), _sealed([memoryview(header), *data], segments))
+    cuts = range(0, len(payload), SEGMENT_BYTES)
+    parts = [memoryview(header), *(payload[begin : begin + SEGMENT_BYTES] for begin in cuts)]
     offsets, offset = [], len(header)
     for piece in pieces:
         offsets.append(offset)
         offset += piece.num_bytes
-    if size != offset:
-        raise AssertionError(f"{name}: wrote {size} bytes of {offset}")
-    return DataFile(name=name, rank=rank, num_bytes=size, segments=tuple(segments)), offsets
-
-
-def _sealed(parts: Sequence[memoryview], segments: list[Segment]) -> Iterator[Buffer]:
-    """Yield the file's bytes segment by segment, adding to `segments` as they go; the header is one of its own."""
-    run: list[memoryview] = []
-    run_bytes = 0
-
-    def flushed() -> Buffer:
-        joined = run[0] if len(run) == 1 else b"".join(run)
-        segments.append(Segment(num_bytes=len(joined), digest=digest(joined)))
-        return joined
-
-    for index, part in enumerate(parts):
-        if not len(part):
-            continue
-        alone = index == 0 or len(part) >= _RUN_BYTES
-        if run and (alone or run_bytes + len(part) > _RUN_BYTES):
-            yield flushed()
-            run, run_bytes = [], 0
-        if not alone:
-            run.append(part)
-            run_bytes += len(part)
-            continue
-        step = len(part) if index == 0 else SEGMENT_BYTES
-        for begin in range(0, len(part), step):
-            run = [part[begin : begin + step]]
-            yield flushed()
-        run = []
-    if run:
-        yield flushed()
+    if offset != len(header) + len(payload):
+        raise AssertionError(f"{name}: {len(payload)} bytes are not those of its pieces")
+    with ThreadPoolExecutor(1, thread_name_prefix="distckpt-digest") as hasher:
+        digests = hasher.map(digest, parts)  # while they are written
+        storage.put(names.join(folder, name), parts, num_bytes=offset)
+        segments = tuple(Segment(num_bytes=len(part), digest=found) for part, found in zip(parts, digests, strict=True))
+    return DataFile(name=name, rank=rank, num_bytes=offset, segments=segments), offsets
 
 
 def read_ranges(
@@ -131,25 +109,53 @@ def read_ranges(
     name = names.join(folder, file.name)
     waiting = sorted((r for r in ranges if len(r.into)), key=lambda r: r.begin, reverse=True)
     active: list[Range] = []
-    scratch = bytearray()
     begin = 0
+    tasks: list[tuple[int, Segment, list[Range]]] = []
     for segment in file.segments:
         end = begin + segment.num_bytes
         while waiting and waiting[-1].begin < end:
             active.append(waiting.pop())
         if active or everything:
-            target = _inside(active, begin, end)
-            if target is None:
-                if len(scratch) < segment.num_bytes:
-                    scratch = bytearray(max(segment.num_bytes, _RUN_BYTES))
-                target = memoryview(scratch)[: segment.num_bytes]
-            _read_checked(storage, name, begin, segment, target, file=file, path=path, step=step)
-            for wanted in active:
-                _copy(wanted, target, begin, end)
+            tasks.append((begin, segment, active))
             active = [wanted for wanted in active if wanted.end > end]
         begin = end
     if waiting or active:
         raise CheckpointDamagedError(path=path, step=step, file=file.name, problem="is shorter than its tensors")
+
+    memory = _Scratch()
+
+    def read(task: tuple[int, Segment, list[Range]]) -> None:
+        first, segment, wanting = task
+        target = _inside(wanting, first, first + segment.num_bytes)
+        scratch = target is None
+        if target is None:
+            target = memory.taken(segment.num_bytes)
+        _read_checked(storage, name, first, segment, target, file=file, path=path, step=step)
+        for wanted in wanting if scratch else []:
+            _copy(wanted, target, first, first + segment.num_bytes)
+
+    if len(tasks) == 1:
+        read(tasks[0])
+        return
+    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="distckpt-read") as readers:
+        try:
+            for _ in readers.map(read, tasks):
+                pass
+        except BaseException:
+            readers.shutdown(cancel_futures=True)
+            raise
+
+
+class _Scratch(threading.local):
+    """Memory that each thread uses again and again: the first touch of fresh memory costs more than a copy."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def taken(self, num_bytes: int) -> memoryview:
+        if len(self._buffer) < num_bytes:
+            self._buffer = bytearray(max(num_bytes, SEGMENT_BYTES))
+        return memoryview(self._buffer)[:num_bytes]
 
 
 def _inside(active: Sequence[Range], begin: int, end: int) -> memoryview | None:
@@ -159,12 +165,10 @@ def _inside(active: Sequence[Range], begin: int, end: int) -> memoryview | None:
     return None
 
 
-def _copy(wanted: Range, target: memoryview, begin: int, end: int) -> None:
-    """Copy what a segment holds of a range, unless it was read to its place."""
+def _copy(wanted: Range, segment: memoryview, begin: int, end: int) -> None:
+    """Copy what a segment, which is bytes `begin` to `end` of the file, holds of a range."""
     first, last = max(wanted.begin, begin), min(wanted.end, end)
-    if wanted.begin <= begin and end <= wanted.end and target.obj is wanted.into.obj:
-        return
-    wanted.into[first - wanted.begin : last - wanted.begin] = target[first - begin : last - begin]
+    wanted.into[first - wanted.begin : last - wanted.begin] = segment[first - begin : last - begin]
 
 
 def _read_checked(

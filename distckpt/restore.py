@@ -30,8 +30,7 @@ from distckpt.errors import (
 from distckpt.manifest import MAX_BYTES, Manifest, parse
 from distckpt.matching import Match, Part, Reference, Selection, match
 from distckpt.ranks import Ranks
-from distckpt.shards import ShardLoadPlanner, read_plan
-from distckpt.shards.reader import to_metadata
+from distckpt.shards import read_boxes
 from distckpt.state import PerRank, kind_of, plain_names, unwrap
 from distckpt.storage import Storage
 from distckpt.tensors import DTYPES, Box, local, local_box
@@ -272,20 +271,17 @@ def read_tensors(
 
     Ranks: any.
     """
-    staged: dict[str, torch.Tensor] = {}
     boxes: dict[str, Box] = {}
+    empty: dict[str, torch.Tensor] = {}
     for name in matched.wanted():
         entry = manifest.tensors[name]
         like = matched.likes.get(name)
         box = local_box(like) if like is not None else Box(start=(0,) * len(entry.shape), shape=entry.shape)
-        shape = box.shape if box is not None else tuple(cast(DTensor, like).to_local().shape)
-        staged[name] = torch.empty(shape, dtype=DTYPES[entry.dtype])
-        if box is not None and staged[name].numel():
+        if box is not None:
             boxes[name] = box
-    planner = ShardLoadPlanner(boxes=boxes)
-    planner.set_up_planner(dict(staged), to_metadata(manifest))
-    read_plan(storage, folder, manifest, planner.create_local_plan(), planner, check=check)
-    return staged
+        else:  # this rank holds nothing of it
+            empty[name] = torch.empty(cast(DTensor, like).to_local().shape, dtype=DTYPES[entry.dtype])
+    return {**read_boxes(storage, folder, manifest, boxes, check=check), **empty}
 
 
 def apply(matched: Match, staged: Mapping[str, torch.Tensor]) -> None:

@@ -21,33 +21,37 @@ class Staging:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._layout: list[tuple[torch.dtype, torch.Size]] = []
+        self._views: list[torch.Tensor] = []
 
-    def stage(self, tensors: Sequence[torch.Tensor]) -> list[memoryview]:
-        """Return the bytes of each tensor, copied; valid until the next call.
+    def stage(self, tensors: Sequence[torch.Tensor]) -> memoryview:
+        """Return the bytes of all tensors, one after another, copied; valid until the next call.
 
         Args:
             tensors: In an order in which each is aligned to its item's size when they are laid end to end.
 
         Ranks: any; blocks until the copies from the device are done.
         """
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        on_gpu = any(tensor.is_cuda for tensor in tensors)
-        if self._buffer.numel() != total or (on_gpu and not self._buffer.is_pinned()):
-            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=on_gpu)
-        staged, offset = [], 0
-        with torch.no_grad():
-            for tensor in tensors:
-                num_bytes = tensor.numel() * tensor.element_size()
-                room = self._buffer[offset : offset + num_bytes]
-                if num_bytes:
-                    room.view(tensor.dtype).view(tensor.shape).copy_(_resolved(tensor), non_blocking=True)
-                staged.append(memory(room))
-                offset += num_bytes
+        resolved = [tensor.resolve_conj().resolve_neg() for tensor in tensors]
+        on_gpu = any(tensor.is_cuda for tensor in resolved)
+        layout = [(tensor.dtype, tensor.shape) for tensor in resolved]
+        if layout != self._layout or (on_gpu and not self._buffer.is_pinned()):
+            self._make_room(layout, pinned=on_gpu)
+        if resolved:
+            with torch.no_grad():
+                torch._foreach_copy_(self._views, resolved, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()
-        return staged
+        return memory(self._buffer)
 
-
-def _resolved(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor whose memory holds its values: conjugation and negation done."""
-    return tensor.resolve_conj().resolve_neg()
+    def _make_room(self, layout: list[tuple[torch.dtype, torch.Size]], *, pinned: bool) -> None:
+        """Make a buffer, or keep the one of this size, and a view of it for each tensor."""
+        total = sum(shape.numel() * dtype.itemsize for dtype, shape in layout)
+        if self._buffer.numel() != total or (pinned and not self._buffer.is_pinned()):
+            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
+        self._views, offset = [], 0
+        for dtype, shape in layout:
+            num_bytes = shape.numel() * dtype.itemsize
+            self._views.append(self._buffer[offset : offset + num_bytes].view(dtype).view(shape))
+            offset += num_bytes
+        self._layout = layout

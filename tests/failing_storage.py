@@ -35,14 +35,14 @@ class FailingStorage:
     def capabilities(self) -> Capabilities:
         return self.inner.capabilities
 
-    def put(self, name: str, chunks: Iterable[Buffer]) -> int:
+    def put(self, name: str, chunks: Iterable[Buffer], *, num_bytes: int | None = None) -> int:
         def counted() -> Iterator[Buffer]:
             for chunk in chunks:
                 self._change(f"put a chunk of {name}")
                 yield chunk
             self._change(f"finish {name}")
 
-        return self.inner.put(name, counted())
+        return self.inner.put(name, counted(), num_bytes=num_bytes)
 
     def sync(self, names: Iterable[str]) -> None:
         self._change("sync")

@@ -8,8 +8,9 @@ They are the engine of every save and restore here, and work with DCP's own entr
 Invariant: nothing on storage is pickled. Values lie there as JSON, tensors as raw bytes.
 """
 
-from distckpt.shards.planners import ShardLoadPlanner, ShardSavePlanner
-from distckpt.shards.reader import ShardReader, read_plan
+from distckpt.shards.boxes import read_boxes
+from distckpt.shards.planners import ShardLoadPlanner, ShardSavePlanner, own_share
+from distckpt.shards.reader import ShardReader
 from distckpt.shards.share import Header, RankShare, assemble, publish
 from distckpt.shards.writer import ShardWriter, write_share
 
@@ -21,7 +22,8 @@ __all__ = [
     "ShardSavePlanner",
     "ShardWriter",
     "assemble",
+    "own_share",
     "publish",
-    "read_plan",
+    "read_boxes",
     "write_share",
 ]

@@ -17,22 +17,18 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
-    ReadItem,
     SavePlan,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
 from distckpt.errors import StateMismatchError
 from distckpt.plan import Block, Item, in_file_order, split
-from distckpt.staging import Staging
 from distckpt.tensors import (
     DTYPE_NAMES,
     DTYPES,
-    Box,
     check_storable,
     is_everywhere,
     local,
@@ -50,24 +46,13 @@ class ShardSavePlanner(DefaultSavePlanner):
     Args:
         rank: This rank; by default, that of torch.distributed.
         num_writers: How many ranks share the writing, from rank 0 on; by default, all.
-        owners: Tensors that one rank has to write, because its values count, by name.
-        private: Names of tensors that only this rank has.
     """
 
-    def __init__(
-        self,
-        *,
-        rank: int | None = None,
-        num_writers: int | None = None,
-        owners: Mapping[str, int] | None = None,
-        private: Collection[str] = (),
-    ) -> None:
+    def __init__(self, *, rank: int | None = None, num_writers: int | None = None) -> None:
         super().__init__()
         distributed = dist.is_available() and dist.is_initialized()
         self._rank = rank if rank is not None else (dist.get_rank() if distributed else 0)
         self._num_writers = num_writers or (dist.get_world_size() if distributed else 1)
-        self._owners = owners or {}
-        self._private = frozenset(private)
         self._data: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def create_local_plan(self) -> SavePlan:
@@ -81,50 +66,14 @@ class ShardSavePlanner(DefaultSavePlanner):
         tensors = {name: value for name, value in self.state_dict.items() if isinstance(value, torch.Tensor)}
         for name, tensor in tensors.items():
             check_storable(tensor, name)
-        common = {name: tensor for name, tensor in tensors.items() if self._is_common(name, tensor)}
-        items = [
-            Item(
-                name=name,
-                dtype=DTYPE_NAMES[tensor.dtype],
-                shape=tuple(tensor.shape),
-                owner=self._owners.get(name),
-            )
-            for name, tensor in sorted(common.items())
-        ]
-        blocks = split(items, self._num_writers)[self._rank] if self._rank < self._num_writers else []
-        for name in sorted(tensors.keys() - common.keys()):
-            blocks.extend(self._own_block(name, tensors[name]))
-        blocks = in_file_order(blocks)
-        self._data = {(block.name, block.start): _cut(tensors[block.name], block) for block in blocks}
-        writes = [_write_item(block) for block in blocks]
+        share = own_share(tensors, rank=self._rank, num_writers=self._num_writers)
+        self._data = {(block.name, block.start): data for block, data in share}
+        writes = [_write_item(block) for block, _ in share]
         if self._rank == 0:
             values = sorted(self.state_dict.keys() - tensors.keys())
             writes += [WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO) for name in values]
         self.plan = SavePlan(writes, planner_data=getattr(self, "mappings", None))
         return self.plan
-
-    def _is_common(self, name: str, tensor: torch.Tensor) -> bool:
-        return name not in self._private and (name in self._owners or is_everywhere(tensor))
-
-    def _own_block(self, name: str, tensor: torch.Tensor) -> list[Block]:
-        """Return the block of a tensor of which each rank holds another part, or which only this rank has."""
-        box = local_box(tensor)
-        if box is None or (isinstance(tensor, DTensor) and not writes_replica(tensor, name)):
-            return []
-        dtype = DTYPE_NAMES[tensor.dtype]
-        return [Block(name=name, dtype=dtype, whole=tuple(tensor.shape), start=box.start, shape=box.shape)]
-
-    def stage(self, staging: Staging) -> None:
-        """Copy this rank's share to host memory; `resolve_data` gives the copies from then on.
-
-        Ranks: any; blocks until the copies from the device are done.
-        """
-        views = list(self._data.values())
-        copies = staging.stage(views)
-        self._data = {
-            key: torch.frombuffer(copy, dtype=view.dtype).view(view.shape) if view.numel() else view
-            for (key, view), copy in zip(self._data.items(), copies, strict=True)
-        }
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """Return the data of one item of the plan: a tensor, or for a value, the value itself.
@@ -135,6 +84,50 @@ class ShardSavePlanner(DefaultSavePlanner):
         if write_item.type == WriteItemType.BYTE_IO:
             return self.state_dict[index.fqn]
         return self._data[index.fqn, tuple(index.offset or ())]
+
+
+def own_share(
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    rank: int,
+    num_writers: int,
+    owners: Mapping[str, int] | None = None,
+    private: Collection[str] = (),
+) -> list[tuple[Block, torch.Tensor]]:
+    """Return the blocks that this rank writes, in the order of its file, and the data of each as a view.
+
+    Args:
+        tensors: All tensors of the state, by name.
+        rank: This rank.
+        num_writers: How many ranks share the writing, from rank 0 on.
+        owners: Tensors that one rank has to write, because its values count.
+        private: Names of tensors that only this rank has.
+
+    Ranks: any.
+    """
+    owners = owners or {}
+    common = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in private and (name in owners or is_everywhere(tensor))
+    }
+    items = [
+        Item(name=name, dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), owner=owners.get(name))
+        for name, tensor in sorted(common.items())
+    ]
+    blocks = split(items, num_writers)[rank] if rank < num_writers else []
+    for name in sorted(tensors.keys() - common.keys()):
+        blocks.extend(_own_block(name, tensors[name]))
+    return [(block, _cut(tensors[block.name], block)) for block in in_file_order(blocks)]
+
+
+def _own_block(name: str, tensor: torch.Tensor) -> list[Block]:
+    """Return the block of a tensor of which each rank holds another part, or which only this rank has."""
+    box = local_box(tensor)
+    if box is None or (isinstance(tensor, DTensor) and not writes_replica(tensor, name)):
+        return []
+    dtype = DTYPE_NAMES[tensor.dtype]
+    return [Block(name=name, dtype=dtype, whole=tuple(tensor.shape), start=box.start, shape=box.shape)]
 
 
 def _write_item(block: Block) -> WriteItem:
@@ -152,10 +145,12 @@ def _write_item(block: Block) -> WriteItem:
 
 def _cut(tensor: torch.Tensor, block: Block) -> torch.Tensor:
     """Return the part of this rank's data that `block` names, as a view."""
+    part = local(tensor)
+    if block.shape == tuple(part.shape):
+        return part
     box = local_box(tensor)
     if box is None:
         raise AssertionError(f"{block.name}: this rank holds no part of it")
-    part = local(tensor)
     for dim, (first, size) in enumerate(zip(block.start, block.shape, strict=True)):
         part = part.narrow(dim, first - box.start[dim], size)
     return part
@@ -165,16 +160,7 @@ class ShardLoadPlanner(DefaultLoadPlanner):
     """Plans what this rank reads: whatever of each tensor its part of the state needs.
 
     Refuses to cast: a tensor of another dtype or shape than the checkpoint's is an error.
-
-    Args:
-        boxes: For plain tensors in the state that stand for a part of a whole one: which part, by name.
-        path: The checkpoint's path, for errors.
     """
-
-    def __init__(self, *, boxes: Mapping[str, Box] | None = None, path: str = "the checkpoint") -> None:
-        super().__init__()
-        self._boxes = boxes
-        self._path = path
 
     def create_local_plan(self) -> LoadPlan:
         """Return what this rank has to read.
@@ -184,29 +170,10 @@ class ShardLoadPlanner(DefaultLoadPlanner):
 
         Ranks: any.
         """
-        metadata = cast(Metadata, self.metadata)
-        problems = _problems(self.state_dict, metadata) if self._boxes is None else []
+        problems = _problems(self.state_dict, cast(Metadata, self.metadata))
         if problems:
-            raise StateMismatchError(path=self._path, step=-1, problems=problems)
-        if self._boxes is None:
-            return super().create_local_plan()
-        reads: list[ReadItem] = []
-        for name, box in self._boxes.items():
-            chunk = ChunkStorageMetadata(offsets=torch.Size(box.start), sizes=torch.Size(box.shape))
-            stored = cast(TensorStorageMetadata, metadata.state_dict_metadata[name])
-            reads += create_read_items_for_chunk_list(name, stored, [chunk])
-        return LoadPlan(reads)
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        """Return the tensor that a read item fills.
-
-        Ranks: any.
-        """
-        if self._boxes is None:
-            tensor: torch.Tensor = super().lookup_tensor(index)
-            return tensor
-        staged: torch.Tensor = self.state_dict[index.fqn]
-        return staged
+            raise StateMismatchError(path="the checkpoint", step=-1, problems=problems)
+        return super().create_local_plan()
 
 
 def _problems(state: Mapping[str, Any], metadata: Metadata) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,6 @@ def read_plan(
     manifest: Manifest,
     plan: LoadPlan,
     planner: LoadPlanner,
-    *,
-    check: Collection[int] = (),
 ) -> None:
     """Read the tensors of a rank's plan into what the planner resolves them to; every byte is checked on the way.
 
@@ -57,7 +55,6 @@ def read_plan(
         manifest: The checkpoint's manifest.
         plan: What to read.
         planner: Gives the tensor that each item fills; on any device. Contiguous CPU memory is read into directly.
-        check: Indices of data files of which every byte is to be checked, also what the plan does not ask for.
 
     Raises:
         CheckpointDamagedError: Bytes are missing or wrong; the planner's tensors are then undefined.
@@ -74,13 +71,9 @@ def read_plan(
             entry, chunk = _stored(manifest, item, aliases)
             read = _prepare(item, entry, chunk, planner.resolve_tensor(item).detach())
             reads.setdefault(chunk.file, []).append(read)
-    for file_index, file in enumerate(manifest.files):
-        of_file = reads.get(file_index, [])
-        if not of_file and file_index not in check:
-            continue
+    for file_index, of_file in sorted(reads.items()):
         ranges = [read.read_range for read in of_file]
-        everything = file_index in check
-        datafiles.read_ranges(storage, folder, file, ranges, path=path, step=manifest.step, everything=everything)
+        datafiles.read_ranges(storage, folder, manifest.files[file_index], ranges, path=path, step=manifest.step)
         for read in of_file:
             if read.target is not None:
                 read.target.copy_(read.rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,37 +20,46 @@ from distckpt.manifest import ObjectEntry
 from distckpt.plan import Block, in_file_order
 from distckpt.safetensors import Piece
 from distckpt.shards.share import Header, RankShare, assemble, publish
+from distckpt.staging import Staging
 from distckpt.storage import Storage, open_storage
-from distckpt.tensors import DTYPE_NAMES, host_bytes
+from distckpt.tensors import DTYPE_NAMES
 from distckpt.values import Json, encode
 
 
 def write_share(
-    storage: Storage, folder: str, attempt: str, *, rank: int, plan: SavePlan, planner: SavePlanner
+    storage: Storage, folder: str, attempt: str, *, rank: int, blocks: Sequence[Block], payload: memoryview
 ) -> RankShare:
-    """Write the tensors of a rank's plan to its data file, and return what was written; durable when this returns.
+    """Write a rank's blocks to its data file, and return what was written; durable when this returns.
 
     Args:
         storage: The storage.
         folder: The checkpoint's folder in it.
         attempt: The save's name.
         rank: This rank.
-        plan: What to write.
-        planner: Gives the data of each item; tensors on any device.
+        blocks: What to write, in the order of `plan.in_file_order`.
+        payload: The bytes of all blocks, one after another.
 
     Raises:
         StorageError: It could not be written; the file is not there.
 
     Ranks: any.
     """
-    items = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
-    if not items:
+    if not blocks:
         return RankShare(file=None, blocks=(), offsets=())
-    by_block = {}
-    for item in items:
+    pieces = [Piece(name=block.stored_name, dtype=block.dtype, shape=block.shape) for block in blocks]
+    name = names.rank_file(attempt, rank)
+    file, offsets = datafiles.write(storage, folder, name, rank=rank, pieces=pieces, payload=payload)
+    storage.sync([names.join(folder, name)])
+    return RankShare(file=file, blocks=tuple(blocks), offsets=tuple(offsets))
+
+
+def _planned(plan: SavePlan, planner: SavePlanner) -> list[tuple[Block, torch.Tensor]]:
+    """Return the blocks of a plan in the order of their file, and the data of each."""
+    share: dict[Block, torch.Tensor] = {}
+    for item in plan.items:
         facts = item.tensor_data
-        if facts is None:
-            raise AssertionError(f"{item.index.fqn}: a tensor's item without its facts")
+        if item.type == WriteItemType.BYTE_IO or facts is None:
+            continue
         block = Block(
             name=item.index.fqn,
             dtype=DTYPE_NAMES[facts.properties.dtype],
@@ -58,21 +67,8 @@ def write_share(
             start=tuple(facts.chunk.offsets),
             shape=tuple(facts.chunk.sizes),
         )
-        by_block[block] = item
-    blocks = in_file_order(list(by_block))
-    pieces = [Piece(name=block.stored_name, dtype=block.dtype, shape=block.shape) for block in blocks]
-    tensors = [cast(torch.Tensor, planner.resolve_data(by_block[block])) for block in blocks]
-    name = names.rank_file(attempt, rank)
-    file, offsets = datafiles.write(
-        storage,
-        folder,
-        name,
-        rank=rank,
-        pieces=pieces,
-        data=[host_bytes(tensor) for tensor in tensors],
-    )
-    storage.sync([names.join(folder, name)])
-    return RankShare(file=file, blocks=tuple(blocks), offsets=tuple(offsets))
+        share[block] = cast(torch.Tensor, planner.resolve_data(item)).detach()
+    return [(block, share[block]) for block in in_file_order(list(share))]
 
 
 class ShardWriter(StorageWriter):
@@ -141,7 +137,10 @@ class ShardWriter(StorageWriter):
         Ranks: any.
         """
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        share = write_share(self.storage, "", plan.storage_data, rank=rank, plan=plan, planner=planner)
+        planned = _planned(plan, planner)
+        payload = Staging().stage([data for _, data in planned])
+        blocks = [block for block, _ in planned]
+        share = write_share(self.storage, "", plan.storage_data, rank=rank, blocks=blocks, payload=payload)
         values = {
             item.index.fqn: encode(_value(item, planner), item.index.fqn, lambda _key, _value: None)
             for item in plan.items

@@ -60,9 +60,11 @@ class Storage(Protocol):
         """What this storage promises; asks the storage nothing."""
         ...
 
-    def put(self, name: str, chunks: Iterable[Buffer]) -> int:
+    def put(self, name: str, chunks: Iterable[Buffer], *, num_bytes: int | None = None) -> int:
         """Write a data file from `chunks`, in order, and return its size in bytes.
 
+        With `num_bytes`, the file's size, room for it is reserved first, where that is possible: a disk that is too
+        full says so before anything is written, and the file lies in one piece.
         When this returns, the file's bytes are durable; its directory entry is after `sync`.
         Missing parent folders are made. If it raises, also when iterating `chunks` raises, no file of that name is
         left behind on a best-effort basis, and never one that looks whole to a reader that knows its size and digests.

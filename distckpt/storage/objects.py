@@ -23,6 +23,7 @@ from distckpt.storage.contract import Buffer, Capabilities, FileInfo, is_plain
 from distckpt.storage.failures import STALE_CREDENTIALS, is_unreachable, redacted, remote_error, server_code
 
 PART_BYTES = 16 << 20
+MOST_PARTS = 9_000
 PARTS_BEFORE_GROWTH = 2_000  # S3 takes 10,000 parts: 2,000 of 16 MiB and 8,000 of 64 MiB make 531 GiB
 READ_BYTES = 32 << 20  # one request; s3fs holds about twice as much in memory
 READ_TRIES = 3
@@ -79,16 +80,18 @@ class ObjectStorage:
             shared=not self._is_memory,
         )
 
-    def put(self, name: str, chunks: Iterable[Buffer]) -> int:
+    def put(self, name: str, chunks: Iterable[Buffer], *, num_bytes: int | None = None) -> int:
         """Upload a data file from `chunks`, as `Storage.put` says: one PUT if it is small, else in parts."""
         path, fs = self._path(name), self._filesystem()
         with self._telling("write", name):
             if not self._is_s3:  # there, folders do not exist, and makedirs would make a missing bucket
                 fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            file = fs.open(path, "wb", block_size=PART_BYTES)
+            # A server takes 10,000 parts at most.
+            file = fs.open(path, "wb", block_size=max(PART_BYTES, -(-(num_bytes or 0) // MOST_PARTS)))
         may_be_visible = not self._is_s3
         try:
-            num_bytes = self._upload(file, name, chunks)
+            num_written = self._upload(file, name, chunks)
+            assert num_bytes in (None, num_written), f"{name}: {num_written} bytes of {num_bytes}"
             may_be_visible = True
             with self._telling("write", name):
                 file.close()
@@ -98,7 +101,7 @@ class ObjectStorage:
                 with suppress(Exception):
                     fs.rm_file(path)
             raise
-        return num_bytes
+        return num_written
 
     def sync(self, names: Iterable[str]) -> None:
         """Check the names; what `put` has acknowledged is durable."""

@@ -45,10 +45,10 @@ class CountingStorage:
         with self._lock:
             return self._counts.get(verb, VerbCount())
 
-    def put(self, name: str, chunks: Iterable[Buffer]) -> int:
+    def put(self, name: str, chunks: Iterable[Buffer], *, num_bytes: int | None = None) -> int:
         """Write through to the inner storage."""
         self._count("put", num_calls=1)
-        return self.inner.put(name, self._counted_chunks(chunks))
+        return self.inner.put(name, self._counted_chunks(chunks), num_bytes=num_bytes)
 
     def sync(self, names: Iterable[str]) -> None:
         """Sync the inner storage."""

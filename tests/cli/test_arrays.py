@@ -82,8 +82,8 @@ def test_blocks_and_columns_are_put_together(tmp_path: Path, monkeypatch: pytest
     boxes = [((0, 0), (2, 8)), ((2, 0), (4, 3)), ((2, 3), (4, 5))]  # a row block, and two that are not contiguous
     parts = [np.ascontiguousarray(whole[r : r + h, c : c + w]) for (r, c), (h, w) in boxes]
     pieces = [Piece(name=str(i), dtype="I32", shape=part.shape) for i, part in enumerate(parts)]
-    views = [part.reshape(-1).view(np.uint8).data for part in parts]
-    file, offsets = datafiles.write(storage, "one", "a/rank-00000.safetensors", rank=0, pieces=pieces, data=views)
+    payload = memoryview(b"".join(part.tobytes() for part in parts))
+    file, offsets = datafiles.write(storage, "one", "a/rank-00000.safetensors", rank=0, pieces=pieces, payload=payload)
     chunks = tuple(
         Chunk(file=0, offset=offset, start=start, shape=shape)
         for offset, (start, shape) in zip(offsets, boxes, strict=True)

@@ -79,7 +79,8 @@ def test_a_checkpoint_or_a_run_loads(tmp_path: Path, key: str):
         for step in ckpt.steps({key: model, "optimizer": torch.optim.Adam(model.parameters())}, until=2):
             assert step
     assert same(load_weights(tmp_path, net(2)), model)
-    assert same(load_weights(tmp_path, torch.compile(net(2)), step=2)._orig_mod, model)
+    compiled = torch.compile(net(2), backend="eager")  # nothing is run; importing the usual one warns in torch 2.11
+    assert same(load_weights(tmp_path, compiled, step=2)._orig_mod, model)
     assert same(load_weights(tmp_path / "step-000000000002", net(2), key=key), model)
 
 
