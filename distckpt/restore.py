@@ -281,7 +281,8 @@ def read_tensors(
             boxes[name] = box
         else:  # this rank holds nothing of it
             empty[name] = torch.empty(cast(DTensor, like).to_local().shape, dtype=DTYPES[entry.dtype])
-    return {**read_boxes(storage, folder, manifest, boxes, check=check), **empty}
+    tensors = read_boxes(storage, folder, manifest, list(boxes.items()), check=check)
+    return {**dict(zip(boxes, tensors, strict=True)), **empty}
 
 
 def apply(matched: Match, staged: Mapping[str, torch.Tensor]) -> None:

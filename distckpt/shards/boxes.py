@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from operator import add, sub
 
@@ -34,15 +34,15 @@ class _Part:
 
 
 def read_boxes(
-    storage: Storage, folder: str, manifest: Manifest, boxes: Mapping[str, Box], *, check: Collection[int] = ()
-) -> dict[str, torch.Tensor]:
-    """Return a box of each named tensor, on the CPU; every byte is checked on the way.
+    storage: Storage, folder: str, manifest: Manifest, boxes: Sequence[tuple[str, Box]], *, check: Collection[int] = ()
+) -> list[torch.Tensor]:
+    """Return boxes of tensors, on the CPU; every byte is checked on the way.
 
     Args:
         storage: The storage.
         folder: The checkpoint's folder in it.
         manifest: The checkpoint's manifest.
-        boxes: Which box of which tensor.
+        boxes: The tensor's name, and which box of it, for each that is wanted.
         check: Indices of data files of which every byte is to be checked, also what no box needs.
 
     Raises:
@@ -53,14 +53,15 @@ def read_boxes(
     """
     path = names.join(storage.url, folder)
     ranges: dict[int, list[datafiles.Range]] = {index: [] for index in check}
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: list[torch.Tensor] = []
     apart: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name, box in boxes.items():
+    for name, box in boxes:
         entry = manifest.tensors[name]
-        tensors[name] = torch.empty(box.shape, dtype=DTYPES[entry.dtype])
+        tensor = torch.empty(box.shape, dtype=DTYPES[entry.dtype])
+        tensors.append(tensor)
         for part in _parts(entry, box):
             rows, begin = _rows(entry, part)
-            target = _target(tensors[name], part)
+            target = _target(tensor, part)
             if rows != part.shape or not target.is_contiguous():
                 whole_rows = torch.empty(rows, dtype=target.dtype)
                 apart.append((target, _narrowed(whole_rows, part.in_chunk, part.shape)))

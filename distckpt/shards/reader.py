@@ -1,12 +1,11 @@
-"""Reading what a plan asks for, checked, and DCP's storage reader on top of it."""
+"""DCP's storage reader, and a manifest in DCP's terms."""
 
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from operator import add
 from typing import Any
 
 import torch
@@ -19,99 +18,31 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from distckpt import catalog, datafiles, names
-from distckpt.manifest import Chunk, Manifest, TensorEntry
-from distckpt.safetensors import ITEM_BYTES
+from distckpt import catalog
+from distckpt.manifest import Manifest, TensorEntry
+from distckpt.shards.boxes import read_boxes
 from distckpt.storage import Storage, open_storage
-from distckpt.tensors import DTYPES, memory
+from distckpt.tensors import DTYPES, Box
 from distckpt.values import Json, decode
 
 
-@dataclass(slots=True)
-class _Read:
-    """Rows of a chunk on their way: the bytes go to `rows`, and from there, if need be, to `target`."""
-
-    rows: torch.Tensor
-    target: torch.Tensor | None
-    read_range: datafiles.Range
-
-
-def read_plan(
-    storage: Storage,
-    folder: str,
-    manifest: Manifest,
-    plan: LoadPlan,
-    planner: LoadPlanner,
-) -> None:
-    """Read the tensors of a rank's plan into what the planner resolves them to; every byte is checked on the way.
-
-    Args:
-        storage: The storage.
-        folder: The checkpoint's folder in it.
-        manifest: The checkpoint's manifest.
-        plan: What to read.
-        planner: Gives the tensor that each item fills; on any device. Contiguous CPU memory is read into directly.
-
-    Raises:
-        CheckpointDamagedError: Bytes are missing or wrong; the planner's tensors are then undefined.
-        StorageError: A file could not be read.
-
-    Ranks: any.
-    """
-    path = names.join(storage.url, folder)
-    reads: dict[int, list[_Read]] = {}
-    known = all(item.storage_index.fqn in manifest.tensors for item in plan.items)
-    aliases = {} if known else _aliases(manifest)
-    for item in plan.items:
-        if item.type == LoadItemType.TENSOR:
-            entry, chunk = _stored(manifest, item, aliases)
-            read = _prepare(item, entry, chunk, planner.resolve_tensor(item).detach())
-            reads.setdefault(chunk.file, []).append(read)
-    for file_index, of_file in sorted(reads.items()):
-        ranges = [read.read_range for read in of_file]
-        datafiles.read_ranges(storage, folder, manifest.files[file_index], ranges, path=path, step=manifest.step)
-        for read in of_file:
-            if read.target is not None:
-                read.target.copy_(read.rows)
-    for item in plan.items:
-        if item.type == LoadItemType.TENSOR:
-            planner.commit_tensor(item, planner.resolve_tensor(item))
-
-
-def _stored(manifest: Manifest, item: ReadItem, aliases: Mapping[str, str]) -> tuple[TensorEntry, Chunk]:
-    entry = manifest.tensors[aliases.get(item.storage_index.fqn, item.storage_index.fqn)]
-    start = tuple(item.storage_index.offset or ())
-    if item.storage_index.index is not None and item.storage_index.index < len(entry.chunks):
-        hinted = entry.chunks[item.storage_index.index]
-        if hinted.start == start:
-            return entry, hinted
-    return entry, next(chunk for chunk in entry.chunks if chunk.start == start)
-
-
-def _prepare(item: ReadItem, entry: TensorEntry, chunk: Chunk, target: torch.Tensor) -> _Read:
-    """Return the read of the rows of `chunk` that hold what `item` asks for."""
-    first, lengths = tuple(item.storage_offsets), tuple(item.lengths)
-    row_bytes = math.prod(chunk.shape[1:]) * ITEM_BYTES[entry.dtype]
-    rows_shape = (lengths[0], *chunk.shape[1:]) if chunk.shape else ()
-    begin = chunk.offset + (first[0] * row_bytes if first else 0)
-    direct = (
-        rows_shape == tuple(target.shape)
-        and target.device.type == "cpu"
-        and target.is_contiguous()
-        and type(target) in (torch.Tensor, torch.nn.Parameter)
-    )
-    rows = target if direct else torch.empty(rows_shape, dtype=DTYPES[entry.dtype])
-    read_range = datafiles.Range(begin=begin, into=memory(rows))
-    if direct:
-        return _Read(rows=rows, target=None, read_range=read_range)
-    box = rows
-    for dim in range(1, len(lengths)):
-        box = box.narrow(dim, first[dim], lengths[dim])
-    return _Read(rows=box, target=target, read_range=read_range)
+def _read_plan(storage: Storage, folder: str, manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> None:
+    """Read the tensors of a rank's plan, and when all are good, copy them to what the planner resolves them to."""
+    aliases = _aliases(manifest)
+    items = [item for item in plan.items if item.type == LoadItemType.TENSOR]
+    boxes = []
+    for item in items:
+        name = item.storage_index.fqn
+        start = tuple(map(add, item.storage_index.offset or (), item.storage_offsets))
+        boxes.append((aliases.get(name, name), Box(start=start, shape=tuple(item.lengths))))
+    for item, tensor in zip(items, read_boxes(storage, folder, manifest, boxes), strict=True):
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(tensor)
+        planner.commit_tensor(item, target)
 
 
 class ShardReader(StorageReader):
@@ -184,7 +115,7 @@ class ShardReader(StorageReader):
         Ranks: any.
         """
         storage, folder, manifest = self._open()
-        read_plan(storage, folder, manifest, plan, planner)
+        _read_plan(storage, folder, manifest, plan, planner)
         nodes = dict(_nodes(manifest))
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
