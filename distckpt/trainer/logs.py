@@ -61,7 +61,11 @@ class RunLog:
             self._board = SummaryWriter(str(folder), purge_step=done + 1)
         except OSError as error:
             raise StorageError(
-                path=str(path), action="write", cause=str(error.strerror), errno=error.errno, fix="--train.log_dir DIR"
+                path=str(path),
+                action="write",
+                cause=str(error.strerror),
+                errno=error.errno,
+                fix="choose a folder that can be written: --checkpoint.directory DIR, or --train.log_dir DIR",
             ) from error
 
     def write(
