@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from distckpt.trainer import TrainConfig, Trainer
     from distckpt.weights import load_weights
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "Checkpoint": "catalog",
     "CheckpointManager": "manager",

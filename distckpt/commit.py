@@ -226,6 +226,7 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
     """
     request = save.request
     published: list[Committed] = []
+    own: list[RankShare] = []
     tried = False
 
     def write() -> Json:
@@ -237,7 +238,8 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
         )
         timings = {"stage_s": save.stage_s, "write_s": time.monotonic() - begun}
         trees = {o.key: o.tree for o in save.objects if o.per_rank}
-        return {"share": share.to_json(), "trees": trees, "timings": timings}
+        own.append(share)  # rank 0 has no need to send its own to itself
+        return {"share": share.to_json() if ranks.rank else None, "trees": trees, "timings": timings}
 
     def finish(facts: list[Json]) -> None:
         nonlocal tried
@@ -261,7 +263,7 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
             parent=request.parent,
             config=request.config,
         )
-        manifest = assemble(header, [RankShare.from_json(fact["share"]) for fact in facts])
+        manifest = assemble(header, [*own, *(RankShare.from_json(fact["share"]) for fact in facts[1:])])
         tried = True  # from here on it may be there, whatever is raised
         num_bytes = publish(storage, request.folder, manifest)
         published.append(Committed(manifest=manifest, num_bytes=num_bytes))

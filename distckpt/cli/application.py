@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from distckpt import __version__
 from distckpt.cli import terminal
 from distckpt.cli.diff import diff
 from distckpt.cli.exits import exit_of
@@ -47,7 +47,7 @@ for command in (ls, show, verify, diff, prune):
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"distckpt {version('distckpt')}")
+        print(f"distckpt {__version__}")
         raise typer.Exit
 
 

@@ -8,12 +8,11 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from distckpt import names
+from distckpt import __version__, names
 from distckpt.errors import CheckpointExistsError, DistckptError, RankFailedError
 from distckpt.manifest import (
     Chunk,
@@ -155,7 +154,7 @@ def versions() -> dict[str, str]:
 
     Ranks: any.
     """
-    return {"distckpt": version("distckpt"), "python": platform.python_version(), "torch": str(torch.__version__)}
+    return {"distckpt": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
 
 
 def publish(storage: Storage, folder: str, manifest: Manifest) -> int:

@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import distckpt
 
 ALL_COMMANDS = """
 import sys
@@ -54,7 +55,7 @@ def test_lines_are_not_cut_where_nobody_watches(run: Path) -> None:
 
 
 def test_version_and_help() -> None:
-    assert process("--version").stdout == f"distckpt {version('distckpt')}\n"
+    assert process("--version").stdout == f"distckpt {distckpt.__version__}\n"
     text = process("--help").stdout
     assert all(f" {verb} " in text for verb in ("ls", "show", "verify", "diff", "prune"))
     assert "Exit codes: 0 fine" in text
