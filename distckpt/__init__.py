@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from distckpt.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from distckpt import errors
     from distckpt.catalog import Checkpoint
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from distckpt.state import PerRank
     from distckpt.trainer import TrainConfig, Trainer
     from distckpt.weights import load_weights
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Checkpoint": "catalog",

@@ -19,6 +19,7 @@ import torch
 
 from distckpt import catalog, names
 from distckpt.errors import DistckptError, UsageError
+from distckpt.garbage import kept_off
 from distckpt.manifest import Layout, Manifest, ObjectEntry
 from distckpt.plan import Block
 from distckpt.ranks import Ranks
@@ -83,6 +84,7 @@ class PreparedSave:
     failure: Exception | None = None
 
 
+@kept_off()
 def prepare(state: Mapping[str, Any], request: SaveRequest, *, ranks: Ranks, staging: Staging) -> PreparedSave:
     """Agree on a save, and copy this rank's share of the state to host memory.
 
@@ -241,6 +243,7 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
         own.append(share)  # rank 0 has no need to send its own to itself
         return {"share": share.to_json() if ranks.rank else None, "trees": trees, "timings": timings}
 
+    @kept_off()
     def finish(facts: list[Json]) -> None:
         nonlocal tried
         objects = {

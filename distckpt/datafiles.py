@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from distckpt import names
 from distckpt.checksum import digest
 from distckpt.errors import CheckpointDamagedError
+from distckpt.garbage import kept_off
 from distckpt.manifest import DataFile, Segment
 from distckpt.safetensors import Piece, make_header
 from distckpt.storage import Storage
@@ -64,7 +65,8 @@ def write(
     Raises:
         StorageError: It could not be written; nothing of that name is left.
     """
-    header = make_header(pieces, metadata={"format": "pt"})
+    with kept_off():
+        header = make_header(pieces, metadata={"format": "pt"})
     cuts = range(0, len(payload), SEGMENT_BYTES)
     parts = [memoryview(header), *(payload[begin : begin + SEGMENT_BYTES] for begin in cuts)]
     offsets, offset = [], len(header)

@@ -96,12 +96,17 @@ def split(items: Sequence[Item], num_writers: int) -> list[list[Block]]:
     ends = _ends(total, used)
     end_of_share = ends[0]
     for item in free:
+        item_bytes = item.num_bytes
+        if writer == num_writers - 1 or begin + item_bytes <= end_of_share:  # nearly all of them
+            shares[writer].append(_rows(item, 0, None))
+            begin += item_bytes
+            continue
         num_rows = item.shape[0] if item.shape else 1
-        row_bytes = item.num_bytes // num_rows if num_rows else 0
+        row_bytes = item_bytes // num_rows if num_rows else 0
         row = 0
-        while writer < num_writers - 1 and begin + item.num_bytes > end_of_share:
+        while writer < num_writers - 1 and begin + item_bytes > end_of_share:
             cut = round((end_of_share - begin) / row_bytes) if row_bytes and item.shape else 0
-            if not item.shape and end_of_share - begin > item.num_bytes / 2:
+            if not item.shape and end_of_share - begin > item_bytes / 2:
                 cut = num_rows
             cut = min(max(cut, row), num_rows)
             if cut > row:
@@ -109,9 +114,9 @@ def split(items: Sequence[Item], num_writers: int) -> list[list[Block]]:
             row = cut
             writer += 1
             end_of_share = ends[writer]
-        if row < num_rows or not item.num_bytes:
+        if row < num_rows or not item_bytes:
             shares[writer].append(_rows(item, row, None))
-        begin += item.num_bytes
+        begin += item_bytes
     return shares
 
 

@@ -27,6 +27,7 @@ from distckpt.errors import (
     StateMismatchError,
     UsageError,
 )
+from distckpt.garbage import kept_off
 from distckpt.manifest import MAX_BYTES, Manifest, parse
 from distckpt.matching import Match, Part, Reference, Selection, match
 from distckpt.ranks import Ranks
@@ -66,6 +67,7 @@ class RestoreRequest:
         return Selection(skip=tuple(self.skip), only=tuple(self.only))
 
 
+@kept_off()
 def restore(
     state: Mapping[str, Any], request: RestoreRequest, *, storage: Storage, ranks: Ranks
 ) -> tuple[str, Manifest] | None:

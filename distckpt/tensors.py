@@ -96,7 +96,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     Ranks: any.
     """
     part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return part.detach()
+    return part.detach() if part.requires_grad else part
 
 
 def local_box(tensor: torch.Tensor) -> Box | None:

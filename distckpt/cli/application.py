@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from distckpt import __version__
 from distckpt.cli import terminal
 from distckpt.cli.diff import diff
 from distckpt.cli.exits import exit_of
@@ -16,6 +15,7 @@ from distckpt.cli.prune import prune
 from distckpt.cli.show import show
 from distckpt.cli.verify import verify
 from distckpt.errors import DistckptError
+from distckpt.version import __version__
 
 _EPILOG = (
     "Exit codes: 0 fine, whole, the same; 1 damage found, or different; 2 wrong usage; 3 no checkpoint there; "

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distckpt import __version__, names
+from distckpt import names
 from distckpt.errors import CheckpointExistsError, DistckptError, RankFailedError
 from distckpt.manifest import (
     Chunk,
@@ -29,6 +29,7 @@ from distckpt.manifest import (
 from distckpt.plan import Block
 from distckpt.storage import Storage
 from distckpt.values import Json
+from distckpt.version import __version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from torch.futures import Future
 
 from distckpt import datafiles, names
 from distckpt.errors import UnsupportedStateError, UsageError
+from distckpt.garbage import kept_off
 from distckpt.manifest import ObjectEntry
 from distckpt.plan import Block, in_file_order
 from distckpt.safetensors import Piece
@@ -46,7 +47,8 @@ def write_share(
     """
     if not blocks:
         return RankShare(file=None, blocks=(), offsets=())
-    pieces = [Piece(name=block.stored_name, dtype=block.dtype, shape=block.shape) for block in blocks]
+    with kept_off():
+        pieces = [Piece(name=block.stored_name, dtype=block.dtype, shape=block.shape) for block in blocks]
     name = names.rank_file(attempt, rank)
     file, offsets = datafiles.write(storage, folder, name, rank=rank, pieces=pieces, payload=payload)
     storage.sync([names.join(folder, name)])
