@@ -255,8 +255,6 @@ class CheckpointManager:
         if stop:
             self.wait()
             self.preempted = True
-            if self._ranks.rank == 0:
-                logger.info("preempted: step %d is saved in %s", step, self.directory)
         return stop
 
     def save(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
