@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= 1
 ITSELF = $(if $(filter .venv $(CURDIR)/.venv,$(VENV)),--editable .)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format environment clean
+.PHONY: help train test check format bench environment clean
 .NOTPARALLEL:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo 'make test ARGS=...   the same with arguments for pytest: ARGS="-k retention -x"'
 	@echo 'make check           the checks alone: style, types, floors'
 	@echo 'make format          put the code into the house style'
+	@echo 'make bench           every benchmark, beside the peers that install; ARGS="--size full" for larger states'
 	@echo 'make environment     only make the environment and install'
 	@echo 'make clean           remove the environment in .venv and every cache; runs/ stays'
 	@echo
@@ -56,6 +57,11 @@ check: environment
 format: environment
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# A peer that does not install is reported by the benchmarks as missing; its error stands here.
+bench: environment
+	-$(BIN)/python -m pip install --quiet --group bench
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # The stamp holds the checksum of the pyproject.toml that was installed: another clone with the same file
 # installs nothing, and a half-made environment has no stamp. The lock keeps two clones from installing at once.

@@ -1,0 +1,167 @@
+"""Ceilings: what the disk and the memory of this machine can do with the same bytes, and nothing else to do.
+
+A raw write ends with an fsync of file and folder, a raw read fills the very tensors that a load fills.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from benchmarks.states import State, view
+
+PIECE_BYTES = 16 << 20
+ALIGNMENT_BYTES = 4096  # what direct writes need at most
+_MOST_BUFFERS = 512  # below the system's limit of buffers a call
+NUM_THREADS = 2
+
+Task = TypeVar("Task")
+
+
+class RawBytes:
+    """As many bytes as a share of a state has, in memory that is touched and aligned, and files made of them.
+
+    Args:
+        num_bytes: How many.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._padded = max(-(-num_bytes // ALIGNMENT_BYTES), 1) * ALIGNMENT_BYTES
+        self._memory = memoryview(mmap.mmap(-1, self._padded))
+        filling = memoryview(os.urandom(1 << 20))
+        for begin in range(0, self._padded, len(filling)):
+            end = min(begin + len(filling), self._padded)
+            self._memory[begin:end] = filling[: end - begin]
+
+    def write_buffered(self, path: Path) -> None:
+        """Write through the page cache."""
+        self._write(path, reserve=False, direct=False)
+
+    def write_reserved(self, path: Path) -> None:
+        """Write through the page cache into room that was reserved."""
+        self._write(path, reserve=True, direct=False)
+
+    def write_direct(self, path: Path) -> None:
+        """Write past the page cache, with two threads.
+
+        Raises:
+            OSError: The file system has no direct writes.
+        """
+        self._write(path, reserve=True, direct=True)
+
+    def _write(self, path: Path, *, reserve: bool, direct: bool) -> None:
+        num_bytes = self._padded if direct else self._num_bytes
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if direct else 0))
+        try:
+            if reserve:
+                os.posix_fallocate(fd, 0, max(num_bytes, 1))
+
+            def write(begin: int) -> None:
+                piece = self._memory[begin : min(begin + PIECE_BYTES, num_bytes)]
+                while piece:
+                    count = os.pwrite(fd, piece, begin)
+                    piece, begin = piece[count:], begin + count
+
+            _spread(write, range(0, num_bytes, PIECE_BYTES), num_threads=NUM_THREADS if direct else 1)
+            if direct:
+                os.ftruncate(fd, self._num_bytes)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_state(state: State, path: Path) -> None:
+    """Write a state's bytes one after another, for `read_into`; not timed."""
+    with path.open("wb") as file:
+        for tensor in state.tensors().values():
+            file.write(view(tensor))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_into(state: State, path: Path) -> None:
+    """Fill a state's tensors from a file that `write_state` wrote, with two threads and large reads."""
+    tasks: list[tuple[int, list[memoryview]]] = []
+    offset, room = 0, 0
+    for tensor in state.tensors().values():
+        whole = view(tensor)
+        for begin in range(0, len(whole), PIECE_BYTES):
+            piece = whole[begin : begin + PIECE_BYTES]
+            if len(piece) > room or len(tasks[-1][1]) == _MOST_BUFFERS:
+                tasks.append((offset, []))
+                room = PIECE_BYTES
+            tasks[-1][1].append(piece)
+            room -= len(piece)
+            offset += len(piece)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        _spread(lambda task: _read_full(fd, task[0], task[1]), tasks, num_threads=NUM_THREADS)
+    finally:
+        os.close(fd)
+
+
+def _read_full(fd: int, offset: int, buffers: list[memoryview]) -> None:
+    wanted = sum(len(buffer) for buffer in buffers)
+    count = os.preadv(fd, buffers, offset)
+    while count < wanted:  # the kernel may stop early: what is missing then stands in the last buffers
+        done, rest = count, []
+        for buffer in buffers:
+            skipped = min(done, len(buffer))
+            done -= skipped
+            if skipped < len(buffer):
+                rest.append(buffer[skipped:])
+        more = os.preadv(fd, rest, offset + count)
+        if more == 0:
+            raise EOFError(f"the file ends {wanted - count} bytes early")
+        count += more
+
+
+def _spread(work: Callable[[Task], None], tasks: Sequence[Task], *, num_threads: int) -> None:
+    if num_threads == 1 or len(tasks) == 1:
+        for task in tasks:
+            work(task)
+        return
+    with ThreadPoolExecutor(num_threads) as threads:
+        for _ in threads.map(work, tasks):
+            pass
+
+
+class MemoryCopy:
+    """One copy of a state in memory that is warm: what the stall of a background save cannot go below.
+
+    Args:
+        tensors: What is copied.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._from = [tensor.detach() for tensor in tensors]
+        flat = torch.ones(sum(tensor.nbytes for tensor in self._from) + 64 * len(self._from), dtype=torch.uint8)
+        self._to, offset = [], 0
+        for tensor in self._from:
+            self._to.append(flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+            offset += -(-tensor.nbytes // 64) * 64
+
+    def copy(self, *, num_times: int = 1) -> None:
+        """Copy everything, so many times over."""
+        for _ in range(num_times):
+            torch._foreach_copy_(self._to, self._from)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return how many seconds `work` takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun

@@ -1,0 +1,172 @@
+"""How long a load takes, warm and cold, beside raw reads of the same bytes into the same tensors.
+
+    python -m benchmarks.load
+    python -m benchmarks.load --ranks 1 2
+
+Every load is verified by the benchmark: before it all values are overwritten, after it their digest is that of the
+state that was saved. A cold load counts only if the kernel says that the device delivered the bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from benchmarks import options, states
+from benchmarks.ceilings import MemoryCopy, read_into, timed, write_state
+from benchmarks.contenders.synchronous import Saver, open_savers
+from benchmarks.disk import forget, used_bytes, warm
+from benchmarks.kernel import counters, is_cold
+from benchmarks.options import Options
+from benchmarks.report import Column, Report, file_system
+from benchmarks.rounds import Cell, interleave
+from benchmarks.states import State
+from benchmarks.team import Team
+
+Cache = Literal["warm", "cold"]
+
+RAW = "raw read into the tensors"
+ABOUT = "seconds until all values are loaded"
+TARGET = 1.35
+
+
+class LoadError(Exception):
+    """A load that does not count: other values than were saved, or bytes that did not come from where they should."""
+
+
+def measure(options: Options, team: Team) -> None:
+    """Measure every state, with a warm cache and then with a cold one."""
+    for name in options.states:
+        state = states.make(name, options.size)
+        savers, absent = open_savers(state, team, options.only)
+        loads = written(state, savers, absent, options.directory / name, team)
+        caches: tuple[Cache, ...] = ("warm", "cold")
+        for cache in caches:
+            measure_state(state, loads, absent, options, team, cache=cache)
+        for saver in savers.values():
+            saver.close()
+
+
+def written(
+    state: State, savers: Mapping[str, Saver], absent: dict[str, str], directory: Path, team: Team
+) -> dict[str, tuple[Path, Callable[[], None]]]:
+    """Let everyone save once; return where, and how to load it. Who cannot save is added to `absent`."""
+    if team.rank == 0:
+        directory.mkdir()
+        write_state(state, directory / "raw")
+    team.barrier()
+    loads: dict[str, tuple[Path, Callable[[], None]]] = {
+        RAW: (directory / "raw", lambda: read_into(state, directory / "raw"))
+    }
+    for number, (name, saver) in enumerate(savers.items()):
+        path = directory / f"{number}" / "step-000000000001"
+        path.parent.mkdir(exist_ok=True)
+        error = ""
+        try:
+            saver.save(path)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as raised:  # noqa: BLE001  some peers' errors are no Exception; all are reported
+            error = f"{type(raised).__name__}: {raised}".splitlines()[0]
+        errors = [each for each in team.gather(error) if each]
+        if errors:
+            absent[name] = f"could not save: {errors[0]}"
+        else:
+            loads[name] = (path, _loading(saver, path))
+    return loads
+
+
+def _loading(saver: Saver, path: Path) -> Callable[[], None]:
+    return lambda: saver.load(path)
+
+
+def measure_state(
+    state: State,
+    loads: Mapping[str, tuple[Path, Callable[[], None]]],
+    absent: Mapping[str, str],
+    options: Options,
+    team: Team,
+    *,
+    cache: Cache,
+) -> None:
+    """Measure one state, and report."""
+    expected = state.digest()
+    copy = MemoryCopy(list(state.tensors().values()))
+    copy.copy()
+    cells: dict[str, Cell] = {"memory copy": lambda: {"load_s": timed(copy.copy)}}
+    for name, (path, load) in loads.items():
+        cells[name] = load_cell(state, path, load, team, cache=cache, expected=expected)
+    references = (("memory copy", "load_s"), (RAW, "load_s"))
+    run = interleave(cells, team=team, rules=options.rules, references=references)
+    report = Report(
+        benchmark="load",
+        about=f"{ABOUT}, {cache} cache",
+        facts={
+            "state": state.name,
+            "size": options.size,
+            "cache": cache,
+            "bytes": state.num_bytes,
+            "ranks": team.world_size,
+            "file_system": file_system(options.directory),
+        },
+        columns=[
+            Column(
+                title="load s",
+                measure="load_s",
+                ceiling=[(RAW, "load_s")],
+                target=None if state.name == "small" else TARGET,
+            ),
+            Column(title="cpu s", measure="cpu_s"),
+            Column(title="MB from the device", measure="device_bytes", scale=1e-6),
+        ],
+        run=run,
+        absent=absent,
+    )
+    if team.rank == 0:
+        report.give(options.results)
+
+
+def load_cell(state: State, path: Path, load: Callable[[], None], team: Team, *, cache: Cache, expected: str) -> Cell:
+    """Return a cell that loads once and checks what it has loaded, and where from."""
+
+    def cell() -> Mapping[str, float]:
+        state.scramble()
+        if team.rank == 0:
+            (forget if cache == "cold" else warm)(path)
+        team.barrier()
+        before = counters()
+        seconds = timed(load)
+        used = counters() - before
+        num_read = sum(team.gather(used.read_bytes))
+        num_bytes = path.stat().st_size if path.is_file() else used_bytes(path)
+        check(cache, num_read=num_read, num_bytes=min(num_bytes, state.num_bytes))
+        if state.digest() != expected:
+            raise LoadError("the values are not those that were saved")
+        return {"load_s": seconds, "cpu_s": used.cpu_s, "device_bytes": used.read_bytes}
+
+    return cell
+
+
+def check(cache: Cache, *, num_read: int, num_bytes: int) -> None:
+    """Refuse a load that was not as cold as it should be.
+
+    Raises:
+        LoadError: A cold load read too little from the device: the cache was not dropped, or the load is lazy.
+    """
+    if cache == "cold" and not is_cold(num_read, num_bytes):
+        raise LoadError(
+            f"not cold: of {num_bytes / 1e6:.1f} MB the device delivered {num_read / 1e6:.1f}; the rest was still in "
+            "the page cache, or is read later"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark."""
+    small = ("small",)  # has a benchmark of its own
+    return options.run(measure, module="benchmarks.load", about=ABOUT, leave_out=small, arguments=arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

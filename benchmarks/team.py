@@ -1,0 +1,69 @@
+"""The ranks of a benchmark: one process, or several that torchrun starts on this machine, with gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from typing import TypeVar
+
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+
+class Team:
+    """All ranks of this run. Every method is called by all of them.
+
+    Attributes:
+        rank: This rank.
+        world_size: The number of ranks.
+    """
+
+    def __init__(self) -> None:
+        if is_rank_of_a_team():
+            dist.init_process_group("gloo")
+        else:  # alone; DCP and others want a group all the same
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            with socket.socket() as sock:
+                sock.bind(("127.0.0.1", 0))
+                port = sock.getsockname()[1]
+            dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def barrier(self) -> None:
+        """Return once every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return what every rank gave, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, value: Value) -> Value:
+        """Return on every rank what rank 0 gave."""
+        return self.gather(value)[0]
+
+    def close(self) -> None:
+        """End the process group."""
+        dist.destroy_process_group()
+
+
+def relaunch(module: str, arguments: list[str], *, num_ranks: int) -> int:
+    """Run a benchmark's module on several ranks of this machine; return its exit status."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command = [sys.executable, *launcher, f"--nproc_per_node={num_ranks}", "-m", module, *arguments]
+    num_threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+    return subprocess.run(command, check=False, env=environment).returncode
+
+
+def is_rank_of_a_team() -> bool:
+    """Say whether torchrun has started this process."""
+    return "RANK" in os.environ
