@@ -19,6 +19,7 @@ from distckpt.storage import FileInfo, Storage
 from distckpt.values import Json
 
 READ_BYTES = 8 << 20
+LOCATE_TRIES = 20  # a reader loses this race once for each checkpoint that is committed while it looks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,9 +306,21 @@ def locate(storage: Storage, *, step: int | None = None) -> tuple[str, Manifest]
         if step is not None and manifest.step != step:
             raise CheckpointNotFoundError(path=storage.url, reason=f"it is of step {manifest.step}, not {step}")
         return "", manifest
-    folders = scan(storage)
     if step is not None:
         return names.step_name(step), read_manifest(storage, names.step_name(step))
+    for tries_left in reversed(range(LOCATE_TRIES)):
+        folders = scan(storage)
+        try:
+            return _newest_whole(storage, folders)
+        except CheckpointNotFoundError:
+            # If it was deleted since it was listed, then because there is a newer one.
+            if tries_left == 0 or not any(folder.committed for folder in folders):
+                raise
+    raise AssertionError("unreachable")
+
+
+def _newest_whole(storage: Storage, folders: Collection[Folder]) -> tuple[str, Manifest]:
+    """Return the folder and the manifest of the newest checkpoint whose manifest is whole."""
     damaged: CheckpointDamagedError | None = None
     for folder in reversed([folder for folder in folders if folder.committed]):
         try:

@@ -119,8 +119,7 @@ def restore(
 def _choose(storage: Storage, request: RestoreRequest, left_out: set[str]) -> Json:
     """Rank 0: return the folder of the checkpoint to load and its manifest's digest, or None on a fresh directory."""
     if request.step is not None or not request.heal:
-        folder, _ = catalog.locate(storage, step=request.step)
-        return {"folder": folder, "digest": digest(_manifest_bytes(storage, folder))}
+        return _locate(storage, request.step)
     folders = catalog.scan(storage)
     for candidate in reversed(folders):
         if not candidate.committed or candidate.name in left_out:
@@ -144,6 +143,18 @@ def _choose(storage: Storage, request: RestoreRequest, left_out: set[str]) -> Js
     if folders:
         logger.warning("%s: %s; starting from step 0", storage.url, catalog.absence(folders))
     return None
+
+
+def _locate(storage: Storage, step: int | None) -> Json:
+    """Return what `_choose` does, where nothing is put aside; its owner may delete it meanwhile."""
+    for tries_left in reversed(range(catalog.LOCATE_TRIES)):
+        folder, _ = catalog.locate(storage, step=step)
+        try:
+            return {"folder": folder, "digest": digest(_manifest_bytes(storage, folder))}
+        except CheckpointNotFoundError:
+            if step is not None or tries_left == 0:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _check_sizes(folder: catalog.Folder, manifest: Manifest, url: str) -> None:

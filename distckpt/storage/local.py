@@ -243,7 +243,9 @@ class LocalStorage:
         with telling("read", path, absent_is_builtin=True), self._folder(folder) as folder_fd:
             fd = os.open(last, _OLD_FILE, dir_fd=folder_fd)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            with telling("read", path):
+                is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+            if not is_file:
                 raise StorageError(path=path, action="read", cause="it is not a regular file")
             yield fd
         finally:
