@@ -1,0 +1,194 @@
+"""Faults of the protocol, planted into the library's own code one at a time: the crash tests have to find each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from typing import Any
+
+import disk
+import pytest
+
+from distckpt import CheckpointManager, catalog, commit, datafiles, manager, names
+from distckpt import ranks as ranks_module
+from distckpt.restore import RestoreRequest
+from distckpt.shards import RankShare, write_share
+from distckpt.storage import Storage, local
+from distckpt.storage.local import LocalStorage
+from distckpt.storage.objects import ObjectStorage
+
+Patch = pytest.MonkeyPatch
+PLANTED: dict[str, tuple[Callable[[Patch], None], Collection[tuple[str, str]]]] = {}
+
+
+def planted(*places: tuple[str, str]) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
+    """Register a fault, with the scenarios and models in which it has to be found."""
+
+    def register(plant: Callable[[Patch], None]) -> Callable[[Patch], None]:
+        PLANTED[plant.__name__] = plant, places
+        return plant
+
+    return register
+
+
+@planted(("first-save", "disk-power"), ("retention", "disk-power"))
+def no_fsync_of_files(patch: Patch) -> None:
+    real = disk.Disk.fsync
+
+    def fsync(self: disk.Disk, number: int) -> None:
+        if self._handles[number].inode in self.contents.folders:
+            real(self, number)
+
+    patch.setattr(disk.Disk, "fsync", fsync)
+
+
+@planted(("later-save", "disk-power"), ("clean-up", "disk-power"))
+def no_fsync_of_folders(patch: Patch) -> None:
+    patch.setattr(local, "_sync_folder", lambda _folder_fd: None)
+
+
+@planted(("later-save", "disk-power"))
+def no_fsync_of_folders_above(patch: Patch) -> None:
+    def sync(self: LocalStorage, wanted: Iterable[str]) -> None:
+        for name in wanted:
+            with self._folder(name.rpartition("/")[0]) as folder_fd:
+                local._sync_folder(folder_fd)
+
+    patch.setattr(LocalStorage, "sync", sync)
+
+
+@planted(("first-save", "disk-power"))
+def no_fsync_above_the_root(patch: Patch) -> None:
+    patch.setattr(LocalStorage, "_sync_above_root", lambda _self: None)
+
+
+@planted(("later-save", "disk-power"))
+def no_fsync_of_a_share_before_it_is_reported(patch: Patch) -> None:
+    def write(storage: Storage, *args: Any, **options: Any) -> RankShare:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(storage, "sync", lambda _names: None)
+            return write_share(storage, *args, **options)
+
+    patch.setattr(commit, "write_share", write)
+
+
+@planted(("first-save", "disk-kill"), ("later-save", "bucket-kill"))
+def manifest_before_the_other_ranks_have_written(patch: Patch) -> None:
+    waiting: list[Callable[[], RankShare]] = []
+    real = commit.commit
+
+    def write(storage: Storage, *args: Any, rank: int, **options: Any) -> RankShare:
+        if rank == 0:
+            return write_share(storage, *args, rank=rank, **options)
+        waiting.append(lambda: write_share(storage, *args, rank=rank, **options))
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(storage, "put", lambda _name, chunks, **_: list(chunks) and None)
+            inner.setattr(storage, "sync", lambda _names: None)
+            return write_share(storage, *args, rank=rank, **options)
+
+    def commit_first(save: Any, *, ranks: Any, storage: Any) -> Any:
+        done = real(save, ranks=ranks, storage=storage)
+        while ranks.rank and waiting:
+            waiting.pop()()
+        return done
+
+    patch.setattr(commit, "write_share", write)
+    patch.setattr(manager, "commit", commit_first)
+
+
+@planted(("later-save", "disk-kill"), ("later-save", "bucket-kill"))
+def acknowledged_before_it_is_committed(patch: Patch) -> None:
+    waiting: dict[int, list[Any]] = {}
+    real_write, real_wait = CheckpointManager._write, CheckpointManager.wait
+
+    def write(self: CheckpointManager, *args: Any) -> None:
+        waiting.setdefault(id(self), []).append(args)
+
+    def wait(self: CheckpointManager) -> None:
+        real_wait(self)
+        for args in waiting.pop(id(self), []):
+            real_write(self, *args)
+
+    patch.setattr(CheckpointManager, "_write", write)
+    patch.setattr(CheckpointManager, "wait", wait)
+
+
+@planted(("retention", "disk-kill"), ("later-save", "bucket-kill"))
+def old_ones_deleted_before_the_new_one_is_committed(patch: Patch) -> None:
+    real = CheckpointManager._write
+
+    def write(self: CheckpointManager, *args: Any) -> None:
+        if self._ranks.rank == 0:
+            for folder in catalog.scan(self._storage):
+                catalog.remove(self._storage, folder)
+        real(self, *args)
+
+    patch.setattr(CheckpointManager, "_write", write)
+
+
+@planted(("retention", "disk-kill"), ("retention", "bucket-kill"))
+def retention_forgets_the_newest(patch: Patch) -> None:
+    real = manager.decide  # type: ignore[attr-defined]
+
+    def decide(*args: Any, **options: Any) -> Any:
+        return [*real(*args, **options)[:-1], replace(real(*args, **options)[-1], reasons=())]
+
+    patch.setattr(manager, "decide", decide)
+
+
+@planted(("retention", "disk-kill"), ("retention", "bucket-kill"))
+def data_deleted_before_the_manifest(patch: Patch) -> None:
+    def remove(storage: Storage, folder: catalog.Folder) -> None:
+        storage.delete(sorted((file.name for file in folder.files), key=lambda name: name.endswith(names.MANIFEST)))
+
+    patch.setattr(catalog, "remove", remove)
+
+
+@planted(("clean-up", "disk-kill"), ("clean-up", "bucket-kill"))
+def digests_not_checked(patch: Patch) -> None:
+    def read(storage: Storage, name: str, begin: int, segment: Any, target: memoryview, **_: Any) -> None:
+        storage.read(name, begin, target)
+
+    patch.setattr(datafiles, "_read_checked", read)
+
+
+@planted(("clean-up", "disk-kill"), ("clean-up", "bucket-kill"))
+def newest_taken_though_it_is_not_whole(patch: Patch) -> None:
+    patch.setattr(manager, "RestoreRequest", lambda **facts: RestoreRequest(**{**facts, "heal": False}))
+
+
+@planted(("reader", "disk-kill"), ("reader", "bucket-kill"))
+def each_rank_picks_by_itself(patch: Patch) -> None:
+    real = ranks_module.Ranks.agree
+
+    def agree(self: Any, action: str, work: Any, decide: Any) -> Any:
+        return decide([work()]) if "choosing" in action else real(self, action, work, decide)
+
+    patch.setattr(ranks_module.Ranks, "agree", agree)
+
+
+@planted(("first-save", "disk-kill"), ("first-save", "disk-power"))
+def manifest_written_in_place(patch: Patch) -> None:
+    def publish(self: LocalStorage, name: str, data: bytes) -> None:
+        self.put(name, [data])
+        self.sync([name])
+
+    patch.setattr(LocalStorage, "publish", publish)
+
+
+@planted(("first-save", "bucket-late"), ("later-save", "bucket-late"))
+def publish_replaces(patch: Patch) -> None:
+    def publish(self: ObjectStorage, name: str, data: bytes) -> None:
+        self._fs.pipe_file(self._path(name), data, chunksize=len(data) + 1)
+
+    patch.setattr(ObjectStorage, "publish", publish)
+
+
+@planted(("first-save", "disk-kill"), ("later-save", "disk-power"))
+def names_of_attempts_are_used_again(patch: Patch) -> None:
+    patch.setattr(names, "new_attempt", lambda: "attempt")
+
+
+@planted(("clean-up", "disk-kill"), ("clean-up", "bucket-kill"))
+def damaged_ones_are_not_put_aside(patch: Patch) -> None:
+    patch.setattr(catalog, "quarantine", lambda *_, **__: None)

@@ -1,0 +1,152 @@
+"""Runs of a tiny job on a storage in memory: what the crash tests crash, and what they recover with."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from bucket import Objects
+from crew import Crew, CrewRanks
+from disk import Tree
+from recording import Ack, Log
+
+from distckpt import CheckpointManager, catalog, names
+from distckpt.manifest import Layout
+from distckpt.storage import Storage, local
+
+State = MutableMapping[str, Any]
+Contents = Tree | Objects
+KEEP = 1
+
+
+def content(ack: Ack) -> State:
+    """Return a state that tells what it is of."""
+    value = ack.step * 10 + ack.generation
+    return {
+        "weights": torch.full((4, 2), value, dtype=torch.int64),
+        "bias": torch.full((3,), float(value)),
+        "count": value,
+    }
+
+
+def told(state: State) -> Ack:
+    """Return what a state is of, all of it."""
+    values = {int(state["count"]), *state["weights"].flatten().tolist(), *map(int, state["bias"].tolist())}
+    assert len(values) == 1, f"a mixed state: {sorted(values)}"
+    return Ack(*divmod(values.pop(), 10))
+
+
+class StoredManager(CheckpointManager):
+    """The real manager, but for where it stores and where its ranks meet."""
+
+    def __init__(self, storage: Storage, crew: Crew, rank: int, *, layout: Layout, keep: int = KEEP) -> None:
+        super().__init__("unused", keep=keep, layout=layout, background=False, rng=False, signals=())
+        self._storage = storage
+        self._channels = CrewRanks(crew, rank, "training"), CrewRanks(crew, rank, "writing")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run: restore the newest good checkpoint, then save these steps.
+
+    Attributes:
+        world_size: The number of ranks.
+        steps: The steps to save; those that the restored one is not older than are left out.
+        layout: Who writes.
+        generation: Whose content the saved steps have.
+        restores: Whether to restore first, as every run does.
+        keep: How many checkpoints retention keeps.
+        first: The rank that is ahead of the others.
+    """
+
+    world_size: int = 2
+    steps: tuple[int, ...] = ()
+    layout: Layout = "sharded"
+    generation: int = 0
+    restores: bool = True
+    keep: int = KEEP
+    first: int = 0
+
+    def run(self, opener: Callable[[], Storage], log: Log) -> list[Ack | BaseException]:
+        """Run, each rank with a storage of its own; return what each restored, or the error that ended it."""
+        crew = Crew(self.world_size, log, first=self.first)
+
+        def work(rank: int) -> Ack:
+            restored = Ack(0, 0)
+            with StoredManager(opener(), crew, rank, layout=self.layout, keep=self.keep) as manager:
+                if self.restores:
+                    state = content(restored)
+                    step = manager.restore(state)
+                    restored = told(state)
+                    assert restored.step == step, f"restore says step {step}, the state is of {restored}"
+                for step in self.steps:
+                    if step > restored.step:
+                        manager.save(step, content(Ack(step, self.generation)))
+                        log.acknowledge(step, self.generation)
+            return restored
+
+        return crew.run(work)
+
+
+def succeed(job: Job, contents: Contents, log: Log | None = None) -> Ack:
+    """Run a job that has to succeed; return what all its ranks have restored."""
+    machine = contents.machine(log)
+    with machine.opened() as opener:
+        results = job.run(opener, machine.log)
+    assert machine.num_open == 0, f"{machine.num_open} files were left open"
+    for rank, result in enumerate(results):
+        if isinstance(result, BaseException):
+            raise AssertionError(f"rank {rank} of {job.world_size}: {type(result).__name__}: {result}") from result
+    assert len(set(results)) == 1, f"ranks restored different checkpoints: {results}"
+    [first, *_] = results
+    assert not isinstance(first, BaseException)
+    return first
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Count where the library draws random names, so that a run is the same every time."""
+    before = names.secrets, local.secrets  # type: ignore[attr-defined]
+    counter = itertools.count()
+    names.secrets = local.secrets = SimpleNamespace(token_hex=lambda size: f"{next(counter):0{2 * size}x}")  # type: ignore[attr-defined,assignment]
+    try:
+        yield
+    finally:
+        names.secrets, local.secrets = before  # type: ignore[attr-defined]
+
+
+def strays(storage: Storage) -> dict[str, set[str]]:
+    """Return, for each folder of a checkpoint, what no manifest in it vouches for: attempts and temporary files.
+
+    Files of checkpoints that were put aside as damaged do not count.
+    """
+    found: dict[str, set[str]] = {}
+    for folder in catalog.scan(storage):
+        if folder.damaged and not folder.committed:
+            continue
+        vouched = {names.MANIFEST}
+        if folder.committed:
+            vouched |= {file.name for file in catalog.read_manifest(storage, folder.name).files}
+        inner = {file.name.partition("/")[2] for file in folder.files}
+        others = {name.partition("/")[0] for name in inner - vouched if not names.is_quarantine(name)}
+        if others:
+            found[folder.name] = others
+    return found
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep the library's warnings, of which every second crash brings one, out of the tests' output."""
+    logger = logging.getLogger("distckpt")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -1,0 +1,74 @@
+"""Whatever dies and whenever, every rank restores a whole checkpoint, none older than the last acknowledged one.
+
+A sample of the states that crashes leave runs every time; all of them by
+
+    python -m pytest -m slow -s tests/crash
+
+What fails prints its seed, its operations, and the command that replays it alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import readers
+from crashes import FULL_LIMIT, MODELS, Counts, Scenario, run, scenarios
+from runs import silenced
+
+from distckpt.manifest import Layout
+
+SEED = 20_000
+NAMES = [scenario.name for scenario in scenarios()]
+
+
+def named(name: str, layout: Layout, *, first: int = 0) -> Scenario:
+    return next(scenario for scenario in scenarios(layout, first=first) if scenario.name == name)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_crash_loses_nothing(name: str, model: str) -> None:
+    layout: Layout = "full" if (len(name) + len(model)) % 3 == 0 else "sharded"
+    with silenced():
+        counts = run(named(name, layout), model, seed=SEED, sample=8, nested=1)
+    assert counts.checked >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("layout", ["sharded", "full"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_crash_loses_anything(name: str, layout: Layout, first: int, model: str) -> None:
+    with silenced():
+        counts = run(named(name, layout, first=first), model, seed=SEED + first, nested=40, limit=FULL_LIMIT)
+    print(f"\n{name}, {layout}, rank {first} ahead, {model}: {told(counts)}")
+    assert counts.distinct >= 2
+
+
+def told(counts: Counts) -> str:
+    return f"{counts.replayed:,} states replayed, {counts.distinct:,} of them distinct, {counts.checked:,} checks"
+
+
+@pytest.mark.parametrize("model", ["disk-kill", "bucket-kill"])
+def test_readers_never_see_an_owner_at_work(model: str) -> None:
+    with silenced():
+        assert readers.run(MODELS[model][1], seed=SEED, sample=60) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["disk-kill", "bucket-kill"])
+def test_no_reader_ever_sees_an_owner_at_work(model: str) -> None:
+    with silenced():
+        num_checked = readers.run(MODELS[model][1], seed=SEED)
+    print(f"\nreaders, {model}: {num_checked:,} moments")
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_crash_of_another_number_of_ranks_loses_nothing(world_size: int) -> None:
+    scenario = named("later-save", "sharded")
+    resized = replace(scenario, job=replace(scenario.job, world_size=world_size))
+    with silenced():
+        run(resized, "bucket-kill", seed=SEED, sample=15)

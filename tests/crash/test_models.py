@@ -1,0 +1,146 @@
+"""The disk and the bucket in memory behave as the real ones do, and their crashes are the ones that can happen."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from bucket import Bucket, Objects
+from crew import Crew, CrewRanks
+from disk import Disk, Tree, after_kill, after_power_loss
+from recording import Log, cuts
+from runs import Job
+
+from distckpt.errors import DistckptError, RankFailedError
+from distckpt.storage import LocalStorage, Storage, open_storage
+
+NAMES = ("a", "b", "in/a", "in/b", "in/deeper/a", "out/a", "a/below-a-file")
+NUM_CALLS = 150
+Call = Callable[[Storage], object]
+
+
+def called(verb: str, storage: Storage, **arguments: object) -> object:
+    return getattr(storage, verb)(**arguments)
+
+
+def calls(seed: int) -> Iterator[Call]:
+    """Yield calls of every verb, some of which fail."""
+    rng = random.Random(seed)
+    for _ in range(NUM_CALLS):
+        name, other = rng.choice(NAMES), rng.choice(NAMES)
+        data = rng.randbytes(rng.randint(1, 30))
+        verbs: list[Call] = [
+            partial(called, "put", name=name, chunks=[data, data], num_bytes=2 * len(data)),
+            partial(called, "publish", name=name, data=data[:2]),
+            partial(called, "sync", names=[name]),
+            partial(called, "read_all", name=name, limit_bytes=25),
+            partial(called, "read", name=name, offset=3, into=memoryview(bytearray(8))),
+            partial(called, "delete", names=[name, other]),
+        ]
+        yield rng.choice(verbs)
+
+
+def outcome(call: Call, storage: Storage) -> object:
+    """Return what a call gives, or the kind of its error, and what lies there afterwards."""
+    result: object
+    try:
+        result = call(storage)
+    except (DistckptError, OSError, EOFError) as error:
+        result = type(error), getattr(error, "errno", None)
+    return result, [(info.name, info.num_bytes) for info in storage.list()]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_disk_answers_as_the_kernel_does(seed: int, tmp_path: Path) -> None:
+    real, disk = LocalStorage(tmp_path / "run"), Disk()
+    with disk.opened() as opener:
+        pass
+    for call in calls(seed):
+        expected = outcome(call, real)
+        with disk.opened() as opener:
+            assert outcome(call, opener()) == expected
+    assert disk.num_open == 0
+
+
+def test_the_bucket_answers_as_a_server_does(s3_bucket: str) -> None:
+    real, bucket = open_storage(f"s3://{s3_bucket}/run"), Bucket()
+    with bucket.opened() as opener:
+        for call in calls(seed=5):
+            expected = outcome(call, real)
+            assert outcome(call, opener()) == expected
+
+
+def test_a_disk_refuses_a_call_that_it_does_not_know() -> None:
+    with pytest.raises(AttributeError, match=r"no os\.truncate"):
+        _ = Disk().truncate
+
+
+def written(*, synced: bool) -> Log:
+    disk = Disk()
+    with disk.opened() as opener:
+        opener().put("a", [b"12345678"], num_bytes=8)
+        if synced:
+            opener().sync(["a"])
+    return disk.log
+
+
+def test_what_is_not_synced_may_be_lost_and_what_is_may_not() -> None:
+    def seen(log: Log) -> set[bytes | None]:
+        [*_, last] = cuts(log.ops)
+        states = after_power_loss(Tree(), last, limit=1000, rng=random.Random(0))
+        return {dict(tree.listing()).get("/run/a") for tree, _ in states}
+
+    assert seen(written(synced=False)) == {b"12345678", None}
+    assert seen(written(synced=True)) == {b"12345678"}
+
+
+def test_a_file_that_is_not_synced_may_be_short_or_garbled() -> None:
+    log = written(synced=False)
+    [cut] = [cut for cut in cuts(log.ops) if cut.done and cut.done[-1].kind == "write"]
+    seen = {
+        dict(tree.listing()).get("/run/a")
+        for tree, _ in after_power_loss(Tree(), cut, limit=1000, rng=random.Random(0))
+    }
+    assert {None, b"", bytes(8), b"1234", b"12345678"} < seen
+    assert dict(after_kill(Tree(), cut.done).listing())["/run/a"] == b"12345678"
+
+
+def test_a_cut_holds_what_each_of_its_operations_waited_for() -> None:
+    bucket = Bucket(Objects())
+    crew = Crew(2, bucket.log)
+
+    def work(rank: int) -> None:
+        ranks = CrewRanks(crew, rank, "test")
+        bucket.request("put", f"{rank}-before")
+        ranks.barrier("meeting")
+        bucket.request("put", f"{rank}-after")
+
+    crew.run(work)
+    found = [{op.name for op in cut.done} for cut in cuts(bucket.log.ops)]
+    before = {"0-before", "1-before"}
+    assert len(found) == 4 + 3
+    assert all(before <= names for names in found if names - before)
+
+
+def test_ranks_of_a_crew_learn_of_each_others_failures() -> None:
+    log = Log()
+    crew = Crew(3, log)
+
+    def fail(rank: int) -> None:
+        if rank == 1:
+            raise ValueError("rank 1 is ill")
+
+    results = crew.run(lambda rank: CrewRanks(crew, rank, "test").agree("working", lambda: fail(rank), lambda _: None))
+    assert [type(result) for result in results] == [RankFailedError] * 3
+    assert all("rank 1 is ill" in str(result) for result in results)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_rank_that_is_to_be_ahead_makes_the_folders(first: int) -> None:
+    disk = Disk()
+    with disk.opened() as opener:
+        Job(steps=(10,), first=first).run(opener, disk.log)
+    assert {op.rank for op in disk.log.ops if op.kind == "mkdir"} == {first}
