@@ -191,3 +191,9 @@ def test_every_dependency_is_pinned_for_the_tests() -> None:
     needed = {Requirement(line).name for line in described["project"]["dependencies"]}
     assert not [str(pin) for pin in pins if [clause.operator for clause in pin.specifier] != ["=="]]
     assert not needed - {pin.name for pin in pins}, "make test installs the pins alone"
+
+
+def test_no_two_test_modules_have_one_name() -> None:
+    """Pytest imports them all into one flat space, and so do the ranks."""
+    found = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name not in ("conftest.py", "__init__.py")]
+    assert sorted(found) == sorted(set(found))

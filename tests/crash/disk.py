@@ -1,7 +1,7 @@
 """A local file system in memory under the real `LocalStorage`, and every state that a power loss may leave of it.
 
 `Disk` stands in for the `os` module of `distckpt.storage.local`: the storage's own code runs on it, call by call, and
-every change is recorded. `test_models.py` holds it against the kernel.
+every change is recorded. `test_models_of_storage.py` holds it against the kernel.
 A call that it does not know is an AttributeError, so that a change of `LocalStorage` cannot slip past it.
 """
 
