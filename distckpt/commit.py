@@ -246,27 +246,8 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
     @kept_off()
     def finish(facts: list[Json]) -> None:
         nonlocal tried
-        objects = {
-            o.key: ObjectEntry(
-                kind=o.kind,
-                per_rank=o.per_rank,
-                trees=tuple(fact["trees"][o.key] for fact in facts) if o.per_rank else (o.tree,),
-            )
-            for o in save.objects
-        }
-        header = Header(
-            step=request.step,
-            run=request.run,
-            attempt=save.attempt,
-            layout=request.layout,
-            world_size=ranks.world_size,
-            objects=objects,
-            metrics=request.metrics or {},
-            timings={name: max(fact["timings"][name] for fact in facts) for name in facts[0]["timings"]},
-            parent=request.parent,
-            config=request.config,
-        )
-        manifest = assemble(header, [*own, *(RankShare.from_json(fact["share"]) for fact in facts[1:])])
+        shares = [*own, *(RankShare.from_json(fact["share"]) for fact in facts[1:])]
+        manifest = assemble(_header(save, facts, ranks.world_size), shares)
         tried = True  # from here on it may be there, whatever is raised
         num_bytes = publish(storage, request.folder, manifest)
         published.append(Committed(manifest=manifest, num_bytes=num_bytes))
@@ -279,3 +260,28 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
                 catalog.remove_attempt(storage, request.folder, save.attempt)
         raise
     return published[0] if published else None
+
+
+def _header(save: PreparedSave, facts: list[Json], world_size: int) -> Header:
+    """Rank 0: return what the manifest says beyond files and tensors."""
+    request = save.request
+    objects = {
+        o.key: ObjectEntry(
+            kind=o.kind,
+            per_rank=o.per_rank,
+            trees=tuple(fact["trees"][o.key] for fact in facts) if o.per_rank else (o.tree,),
+        )
+        for o in save.objects
+    }
+    return Header(
+        step=request.step,
+        run=request.run,
+        attempt=save.attempt,
+        layout=request.layout,
+        world_size=world_size,
+        objects=objects,
+        metrics=request.metrics or {},
+        timings={name: max(fact["timings"][name] for fact in facts) for name in facts[0]["timings"]},
+        parent=request.parent,
+        config=request.config,
+    )

@@ -109,21 +109,9 @@ def read_ranges(
         StorageError: It could not be read for another reason.
     """
     name = names.join(folder, file.name)
-    waiting = sorted((r for r in ranges if len(r.into)), key=lambda r: r.begin, reverse=True)
-    active: list[Range] = []
-    begin = 0
-    tasks: list[tuple[int, Segment, list[Range]]] = []
-    for segment in file.segments:
-        end = begin + segment.num_bytes
-        while waiting and waiting[-1].begin < end:
-            active.append(waiting.pop())
-        if active or everything:
-            tasks.append((begin, segment, active))
-            active = [wanted for wanted in active if wanted.end > end]
-        begin = end
-    if waiting or active:
+    tasks = _tasks(file, ranges, everything=everything)
+    if tasks is None:
         raise CheckpointDamagedError(path=path, step=step, file=file.name, problem="is shorter than its tensors")
-
     memory = _Scratch()
 
     def read(task: tuple[int, Segment, list[Range]]) -> None:
@@ -146,6 +134,25 @@ def read_ranges(
         except BaseException:
             readers.shutdown(cancel_futures=True)
             raise
+
+
+def _tasks(
+    file: DataFile, ranges: Sequence[Range], *, everything: bool
+) -> list[tuple[int, Segment, list[Range]]] | None:
+    """Return each segment to be read, where it begins, and the ranges on it; None if the file is too short."""
+    waiting = sorted((r for r in ranges if len(r.into)), key=lambda r: r.begin, reverse=True)
+    active: list[Range] = []
+    tasks = []
+    begin = 0
+    for segment in file.segments:
+        end = begin + segment.num_bytes
+        while waiting and waiting[-1].begin < end:
+            active.append(waiting.pop())
+        if active or everything:
+            tasks.append((begin, segment, active))
+            active = [wanted for wanted in active if wanted.end > end]
+        begin = end
+    return None if waiting or active else tasks
 
 
 class _Scratch(threading.local):
