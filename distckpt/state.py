@@ -21,7 +21,7 @@ from distckpt import names
 from distckpt.checksum import digest
 from distckpt.errors import UnsupportedStateError, UsageError
 from distckpt.rng import RandomState
-from distckpt.tensors import DTYPE_NAMES, check_storable, host_bytes, is_everywhere, local
+from distckpt.tensors import DTYPE_NAMES, check_storable, host_bytes, local
 from distckpt.values import Json, encode, rename
 
 T = TypeVar("T")
@@ -374,11 +374,3 @@ def gathered(flat: FlatObject, *, keep: bool) -> FlatObject:
             tensor = full.cpu() if keep else torch.empty(full.shape, dtype=full.dtype, device="meta")
         entries.append(Entry(name=entry.name, tensor=tensor, owner=entry.owner))
     return FlatObject(key=flat.key, kind=flat.kind, tree=flat.tree, entries=tuple(entries), per_rank=flat.per_rank)
-
-
-def is_shared(entry: Entry) -> bool:
-    """Say whether every rank holds all of an entry, with the same values.
-
-    Ranks: any.
-    """
-    return entry.owner is None and is_everywhere(entry.tensor)
