@@ -22,8 +22,8 @@ from benchmarks.contenders.background import RAW as RAW_BACKGROUND
 from benchmarks.contenders.background import BackgroundSaver, openable
 from benchmarks.disk import remove
 from benchmarks.local_save import RAW, raw_cells
-from benchmarks.options import Options
-from benchmarks.report import Column, Report, file_system
+from benchmarks.options import Options, facts_of
+from benchmarks.report import Column, Report
 from benchmarks.rounds import Cell, interleave
 from benchmarks.states import State
 from benchmarks.team import Team
@@ -55,13 +55,7 @@ def measure_state(state: State, options: Options, team: Team) -> None:
     report = Report(
         benchmark="async_stall",
         about=ABOUT,
-        facts={
-            "state": state.name,
-            "size": options.size,
-            "bytes": state.num_bytes,
-            "ranks": team.world_size,
-            "file_system": file_system(options.directory),
-        },
+        facts=facts_of(state, options, team),
         columns=[
             Column(
                 title="lost s",

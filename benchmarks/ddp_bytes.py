@@ -17,8 +17,8 @@ from benchmarks.contenders.background import BackgroundSaver, openable
 from benchmarks.contenders.synchronous import Saver, open_savers
 from benchmarks.disk import forget, remove
 from benchmarks.kernel import counters, most_memory_bytes, reset_most_memory
-from benchmarks.options import Options
-from benchmarks.report import Column, Report, file_system
+from benchmarks.options import Options, facts_of
+from benchmarks.report import Column, Report
 from benchmarks.rounds import Cell, Rules, interleave
 from benchmarks.states import State
 from benchmarks.team import Team
@@ -48,14 +48,7 @@ def measure_state(state: State, options: Options, team: Team) -> None:
     report = Report(
         benchmark="ddp_bytes",
         about=ABOUT,
-        facts={
-            "state": state.name,
-            "size": options.size,
-            "bytes": state.num_bytes,
-            "ranks": team.world_size,
-            "share": f"{1 / team.world_size:.3f}",
-            "file_system": file_system(options.directory),
-        },
+        facts={**facts_of(state, options, team), "share": f"{1 / team.world_size:.3f}"},
         columns=[
             Column(title="host memory of a rank / state", measure="memory_ratio"),
             Column(title="written / state", measure="written_ratio"),

@@ -18,8 +18,8 @@ from benchmarks import options, states
 from benchmarks.ceilings import MemoryCopy, timed
 from benchmarks.contenders.synchronous import Distckpt
 from benchmarks.disk import remove
-from benchmarks.options import Options
-from benchmarks.report import Column, Report, file_system
+from benchmarks.options import Options, facts_of
+from benchmarks.report import Column, Report
 from benchmarks.rounds import Cell, interleave
 from benchmarks.states import State, view
 from benchmarks.team import Team
@@ -58,13 +58,7 @@ def measure_state(state: State, options: Options, team: Team) -> None:
     report = Report(
         benchmark="digests",
         about=ABOUT,
-        facts={
-            "state": state.name,
-            "size": options.size,
-            "bytes": state.num_bytes,
-            "ranks": team.world_size,
-            "file_system": file_system(options.directory),
-        },
+        facts=facts_of(state, options, team),
         columns=[
             Column(title="save s", measure="save_s", ceiling=[(OFF, "save_s")], against="x off"),
             Column(title="load s, warm", measure="load_s", ceiling=[(OFF, "load_s")], against="x off"),

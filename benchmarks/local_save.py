@@ -18,8 +18,8 @@ from benchmarks.ceilings import MemoryCopy, RawBytes, timed
 from benchmarks.contenders.synchronous import Saver, open_savers
 from benchmarks.disk import remove
 from benchmarks.kernel import counters
-from benchmarks.options import Options
-from benchmarks.report import Column, Report, file_system
+from benchmarks.options import Options, facts_of
+from benchmarks.report import Column, Report
 from benchmarks.rounds import Cell, interleave
 from benchmarks.states import State
 from benchmarks.team import Team
@@ -50,13 +50,7 @@ def measure_state(state: State, options: Options, team: Team) -> None:
     report = Report(
         benchmark="local_save",
         about="seconds until a save is durable",
-        facts={
-            "state": state.name,
-            "size": options.size,
-            "bytes": state.num_bytes,
-            "ranks": team.world_size,
-            "file_system": file_system(options.directory),
-        },
+        facts=facts_of(state, options, team),
         columns=[
             Column(title="save s", measure="save_s", ceiling=ceiling, target=target),
             Column(title="cpu s", measure="cpu_s"),

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import states
+from benchmarks.report import file_system
 from benchmarks.rounds import Rules
-from benchmarks.states import Size
+from benchmarks.states import Size, State
 from benchmarks.team import Team, is_rank_of_a_team, relaunch
 
 RESULTS = Path(__file__).parent / "results"
@@ -117,3 +118,14 @@ def run(
                 shutil.rmtree(directory)
     team.close()
     return 0
+
+
+def facts_of(state: State, options: Options, team: Team) -> dict[str, object]:
+    """Return what a report says of what was measured, and where."""
+    return {
+        "state": state.name,
+        "size": options.size,
+        "bytes": state.num_bytes,
+        "ranks": team.world_size,
+        "file_system": file_system(options.directory),
+    }
