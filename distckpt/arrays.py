@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from distckpt import names
-from distckpt.datafiles import Range, read_ranges
+from distckpt.datafiles import Range, Reader
 from distckpt.manifest import Manifest
 from distckpt.safetensors import ITEM_BYTES
 from distckpt.storage import Storage
@@ -117,9 +117,8 @@ def read(source: Source, tensors: Iterable[str]) -> dict[str, Array]:
                 into = np.empty(box.shape, np.uint8)
                 apart.append((box, into))
             wanted.setdefault(chunk.file, []).append(Range(begin=chunk.offset, into=into.reshape(-1).data))
-    for index, ranges in sorted(wanted.items()):
-        file = manifest.files[index]
-        read_ranges(source.storage, source.folder, file, ranges, path=source.path, step=manifest.step)
+    reader = Reader(source.storage, source.folder, manifest.files, path=source.path, step=manifest.step)
+    reader.fill(wanted)
     for box, into in apart:
         box[...] = into
     return arrays

@@ -15,6 +15,7 @@ from distckpt import names
 from distckpt.checksum import digest
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError
 from distckpt.manifest import MAX_BYTES, DataFile, Layout, Manifest, parse
+from distckpt.outline import Outline, outline
 from distckpt.storage import FileInfo, Storage
 from distckpt.values import Json
 
@@ -38,6 +39,7 @@ class Checkpoint:
         run: The name of the run that it belongs to.
         config: The run's configuration; None if none was given.
         pinned: Whether retention has to keep it.
+        parent: {"step": ..., "attempt": ...} of the checkpoint before it in its run, or None.
     """
 
     step: int
@@ -51,6 +53,7 @@ class Checkpoint:
     run: str = ""
     config: dict[str, Json] | None = None
     pinned: bool = False
+    parent: dict[str, Json] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,20 +135,42 @@ def read_manifest(storage: Storage, folder: str = "") -> Manifest:
         StorageError: It could not be read.
     """
     path = names.join(storage.url, folder)
-    try:
-        data = storage.read_all(names.join(folder, names.MANIFEST), limit_bytes=MAX_BYTES)
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(path=path, reason=f"it has no {names.MANIFEST}") from error
-    manifest = parse(data, path=path)
-    named = names.parse_step(folder.rpartition("/")[2])
-    if named is not None and named != manifest.step:
-        raise CheckpointDamagedError(
-            path=path, file=names.MANIFEST, problem=f"is of step {manifest.step}, its folder of step {named}"
-        )
+    manifest = parse(_manifest_data(storage, folder), path=path)
+    _check_step(manifest.step, folder, path)
     return manifest
 
 
-def describe(storage: Storage, manifest: Manifest, *, folder: str, pinned: bool = False) -> Checkpoint:
+def read_outline(storage: Storage, folder: str, *, pinned: bool = False) -> Checkpoint:
+    """Return the facts of the checkpoint in `folder`: as `describe` on `read_manifest`, but many times as fast.
+
+    The manifest's digest is checked; whether its parts contradict each other is not.
+
+    Raises:
+        As `read_manifest` does.
+    """
+    path = names.join(storage.url, folder)
+    found = outline(_manifest_data(storage, folder), path=path)
+    _check_step(found.step, folder, path)
+    return describe(storage, found, folder=folder, pinned=pinned)
+
+
+def _manifest_data(storage: Storage, folder: str) -> bytes:
+    try:
+        return storage.read_all(names.join(folder, names.MANIFEST), limit_bytes=MAX_BYTES)
+    except FileNotFoundError as error:
+        path = names.join(storage.url, folder)
+        raise CheckpointNotFoundError(path=path, reason=f"it has no {names.MANIFEST}") from error
+
+
+def _check_step(step: int, folder: str, path: str) -> None:
+    named = names.parse_step(folder.rpartition("/")[2])
+    if named is not None and named != step:
+        raise CheckpointDamagedError(
+            path=path, file=names.MANIFEST, problem=f"is of step {step}, its folder of step {named}"
+        )
+
+
+def describe(storage: Storage, manifest: Manifest | Outline, *, folder: str, pinned: bool = False) -> Checkpoint:
     """Return a checkpoint's facts."""
     return Checkpoint(
         step=manifest.step,
@@ -159,6 +184,7 @@ def describe(storage: Storage, manifest: Manifest, *, folder: str, pinned: bool 
         run=manifest.run,
         config=manifest.config,
         pinned=pinned,
+        parent=manifest.parent,
     )
 
 
@@ -192,19 +218,41 @@ def committed(
     return found
 
 
-def verify(storage: Storage, manifest: Manifest, *, folder: str = "") -> Iterator[Problem]:
-    """Yield everything that is wrong with a checkpoint's data files, reading every byte.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A part of a checkpoint's segments: the `turn`-th of `turns`, from 1 on; all turns together are all of them."""
+
+    turn: int
+    turns: int
+
+    def takes(self, index: int) -> bool:
+        """Say whether the segment of this number, counted over all data files, is in it."""
+        return index % self.turns == self.turn - 1
+
+    def num_bytes(self, manifest: Manifest) -> int:
+        """Return how many bytes of a checkpoint are in it."""
+        segments = [segment for file in manifest.files for segment in file.segments]
+        return sum(segment.num_bytes for index, segment in enumerate(segments) if self.takes(index))
+
+
+EVERYTHING = Sample(turn=1, turns=1)
+
+
+def verify(storage: Storage, manifest: Manifest, *, folder: str = "", sample: Sample = EVERYTHING) -> Iterator[Problem]:
+    """Yield everything that is wrong with a checkpoint's data files, reading every byte, or a sample.
 
     Raises:
         StorageError: A file could not be read for a reason that says nothing of its bytes.
     """
     sizes = {file.name: file.num_bytes for file in storage.list(folder)}
     wrong = {problem.file: problem for problem in wrong_sizes(sizes, manifest, folder=folder)}
+    first = 0
     for file in manifest.files:
         if file.name in wrong:
             yield wrong[file.name]
         else:
-            yield from _verify_file(storage, names.join(folder, file.name), file)
+            yield from _verify_file(storage, names.join(folder, file.name), file, sample, first=first)
+        first += len(file.segments)
 
 
 def wrong_sizes(sizes: Mapping[str, int], manifest: Manifest, *, folder: str = "") -> Iterator[Problem]:
@@ -223,11 +271,14 @@ def wrong_sizes(sizes: Mapping[str, int], manifest: Manifest, *, folder: str = "
             yield Problem(file=file.name, problem=f"has {found:,} bytes, the manifest says {file.num_bytes:,}")
 
 
-def _verify_file(storage: Storage, name: str, file: DataFile) -> Iterator[Problem]:
-    """Yield one problem for the first segment of a file that is not what was written."""
+def _verify_file(storage: Storage, name: str, file: DataFile, sample: Sample, *, first: int) -> Iterator[Problem]:
+    """Yield one problem for the first segment of a file that is not what was written; its first one's number counts."""
     buffer = bytearray(min(READ_BYTES, file.num_bytes) if file.segments else 0)
     offset = 0
-    for segment in file.segments:
+    for index, segment in enumerate(file.segments, start=first):
+        if not sample.takes(index):
+            offset += segment.num_bytes
+            continue
         if segment.num_bytes > len(buffer):
             buffer = bytearray(segment.num_bytes)
         view = memoryview(buffer)[: segment.num_bytes]

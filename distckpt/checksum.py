@@ -15,9 +15,14 @@ import xxhash
 _HEX = re.compile(r"[0-9a-f]{32}")
 
 
-def digest(data: bytes | bytearray | memoryview) -> str:
-    """Return the digest of `data` as 32 hex digits."""
-    return str(xxhash.xxh3_128_hexdigest(data))
+def digest(*parts: bytes | bytearray | memoryview) -> str:
+    """Return the digest of all parts, one after another, as 32 hex digits."""
+    if len(parts) == 1:
+        return str(xxhash.xxh3_128_hexdigest(parts[0]))
+    whole = xxhash.xxh3_128()
+    for part in parts:
+        whole.update(part)
+    return str(whole.hexdigest())
 
 
 def is_digest(text: object) -> bool:

@@ -10,25 +10,30 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
-from distckpt import catalog, names
-from distckpt.errors import DistckptError, UsageError
+from distckpt import catalog, fileplan, names
+from distckpt.checksum import digest
+from distckpt.errors import DistckptError, RankFailedError, UsageError
 from distckpt.garbage import kept_off
-from distckpt.manifest import Layout, Manifest, ObjectEntry
-from distckpt.plan import Block
+from distckpt.manifest import Layout, Manifest, ObjectEntry, check_references, objects_text, to_text
 from distckpt.ranks import Ranks
-from distckpt.shards import Header, RankShare, assemble, own_share, publish, write_share
-from distckpt.staging import Staging
-from distckpt.state import FlatObject, flatten, gathered
+from distckpt.shards import Header, RankShare, assemble, publish, write_share
+from distckpt.staging import Staged
+from distckpt.state import FlatObject, flatten, gathered, slots
 from distckpt.storage import Storage
-from distckpt.tensors import DTYPE_NAMES, DTYPES, host_bytes
+from distckpt.tensors import DTYPE_NAMES, DTYPES, host_bytes, local
 from distckpt.values import Json
+from distckpt.workspace import Share, Told, Workspace
+
+Copy = Literal["now", "while writing"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +74,8 @@ class PreparedSave:
         request: What the save was told.
         attempt: The save's name.
         objects: The state's keys, flattened.
-        blocks: What this rank writes, in the order of its file.
-        payload: Their staged bytes, one after another.
+        staged: This rank's share; None if it writes nothing.
+        workspace: What is kept for the next save.
         stage_s: Seconds that planning and staging took.
         failure: What went wrong on this rank since the ranks agreed to save; the commit tells all.
     """
@@ -78,15 +83,31 @@ class PreparedSave:
     request: SaveRequest
     attempt: str
     objects: tuple[FlatObject, ...]
-    blocks: tuple[Block, ...]
-    payload: memoryview
+    staged: Staged | None
+    workspace: Workspace
     stage_s: float
     failure: Exception | None = None
 
 
 @kept_off()
-def prepare(state: Mapping[str, Any], request: SaveRequest, *, ranks: Ranks, staging: Staging) -> PreparedSave:
+def prepare(
+    state: Mapping[str, Any],
+    request: SaveRequest,
+    *,
+    ranks: Ranks,
+    workspace: Workspace,
+    copy: Copy = "now",
+    overlap: bool = True,
+) -> PreparedSave:
     """Agree on a save, and copy this rank's share of the state to host memory.
+
+    Args:
+        state: The user's state.
+        request: What to save it as.
+        ranks: All ranks.
+        workspace: What is kept from save to save; of one directory, and used by no other save that is in flight.
+        copy: Whether to copy "now", so that training may go on, or "while writing", which is over sooner in all.
+        overlap: Whether a GPU goes on while it copies what changes only in an optimizer's step.
 
     Raises:
         UnsupportedStateError: The state holds something that cannot be saved; names the key.
@@ -94,40 +115,92 @@ def prepare(state: Mapping[str, Any], request: SaveRequest, *, ranks: Ranks, sta
         RankFailedError: A rank failed, also inside a `state_dict()`; nothing was written.
         RankTimeoutError: A rank did not come.
 
-    Ranks: all (collective); blocks on the slowest rank, then on the copy. Training may go on after it.
+    Ranks: all (collective); blocks on the slowest rank, then on the copy.
     """
-    flat: list[FlatObject] = []
-
-    def describe() -> Json:
-        flat.extend(flatten(state, rng=request.rng))
-        compared = ranks.world_size > 1
-        objects = {o.key: [o.kind, o.per_rank, o.fingerprint() if compared and not o.per_rank else ""] for o in flat}
-        return {"layout": request.layout, "objects": objects}
-
     begun = time.monotonic()
-    verdict = ranks.agree(request.action, describe, _compare)
-    own = set(verdict["per_rank"])
-    objects = tuple(o.for_rank(ranks.rank) if o.key in own else o for o in flat)
-    share: list[tuple[Block, torch.Tensor]] = []
-    payload, failure = memoryview(b""), None
+    flat, verdict = _agree(state, request, ranks=ranks, workspace=workspace)
+    objects, staged, failure = flat, None, None
     try:
-        if request.layout == "full":
-            objects = tuple(gathered(o, keep=ranks.rank == 0) for o in objects)
-            share = _share_full(objects, request, ranks)
-        else:
-            share = _share_sharded(objects, ranks)
-        payload = staging.stage([data for _, data in share])
+        objects, share, tensors = _share(flat, verdict["per_rank"], request, ranks=ranks, workspace=workspace)
+        if share.plan.blocks:
+            patient = share.picked(_patience(state, objects, len(tensors))) if overlap else None
+            staged = workspace.staging.stage(share.plan, share.sources(tensors), patient=patient)
+            if copy == "now":
+                staged.begin()
     except (DistckptError, RuntimeError, ValueError, MemoryError) as error:
         failure = error
     return PreparedSave(
         request=request,
         attempt=verdict["attempt"],
         objects=objects,
-        blocks=tuple(block for block, _ in share),
-        payload=payload,
+        staged=staged,
+        workspace=workspace,
         stage_s=time.monotonic() - begun,
         failure=failure,
     )
+
+
+@kept_off()
+def prewarm(state: Mapping[str, Any], request: SaveRequest, *, ranks: Ranks, workspace: Workspace) -> int:
+    """Plan a save, and provide the memory that this rank needs for it; return its size in bytes.
+
+    Raises:
+        As `prepare` does.
+
+    Ranks: all (collective); blocks on the slowest rank, then on the system's clearing of the memory.
+    """
+    flat, verdict = _agree(state, request, ranks=ranks, workspace=workspace)
+    _, share, tensors = _share(flat, verdict["per_rank"], request, ranks=ranks, workspace=workspace)
+    if not share.plan.blocks:
+        return 0
+    return workspace.staging.reserve(share.plan, pinned=any(tensor.is_cuda for tensor in tensors))
+
+
+def _agree(
+    state: Mapping[str, Any], request: SaveRequest, *, ranks: Ranks, workspace: Workspace
+) -> tuple[tuple[FlatObject, ...], Json]:
+    """Return the state flattened, and what rank 0 makes of it: the save's name, and the keys that differ by rank."""
+    flat: list[FlatObject] = []
+
+    def describe() -> Json:
+        flat.extend(flatten(state, rng=request.rng, blueprints=workspace.blueprints))
+        compared = ranks.world_size > 1
+        objects = {o.key: [o.kind, o.per_rank, o.fingerprint() if compared and not o.per_rank else ""] for o in flat}
+        return {"layout": request.layout, "objects": objects}
+
+    verdict = ranks.agree(request.action, describe, _compare)
+    return tuple(flat), verdict
+
+
+def _share(
+    flat: tuple[FlatObject, ...], per_rank: Sequence[str], request: SaveRequest, *, ranks: Ranks, workspace: Workspace
+) -> tuple[tuple[FlatObject, ...], Share, list[torch.Tensor]]:
+    """Return the objects as they are stored, this rank's share of them, and the tensors that it is cut from."""
+    own = set(per_rank)
+    objects = tuple(o.for_rank(ranks.rank) if o.key in own else o for o in flat)
+    received: dict[str, torch.Tensor] = {}
+    if request.layout == "full":
+        objects = tuple(gathered(o, keep=ranks.rank == 0) for o in objects)
+        received = _received(objects, request, ranks)
+    num_writers = 1 if request.layout == "full" else ranks.world_size
+    share = workspace.share(objects, rank=ranks.rank, num_writers=num_writers, received=received)
+    return objects, share, [*(t for o in objects for t in o.tensors), *received.values()]
+
+
+def _patience(state: Mapping[str, Any], objects: Sequence[FlatObject], num_tensors: int) -> list[bool]:
+    """Say of each tensor whether it changes only in an optimizer's step; only of those on a GPU it matters."""
+    patience = [False] * num_tensors
+    if not any(tensor.is_cuda for o in objects for tensor in o.tensors):
+        return patience
+    optimizers = [slot.value for slot in slots(state) if isinstance(slot.value, torch.optim.Optimizer)]
+    trained = {local(p).data_ptr() for each in optimizers for group in each.param_groups for p in group["params"]}
+    place = 0
+    for o in objects:
+        for tensor in o.tensors:
+            is_parameter = o.kind == "module" and local(tensor).data_ptr() in trained
+            patience[place] = tensor.is_cuda and (o.kind == "optimizer" or is_parameter)
+            place += 1
+    return patience
 
 
 def _compare(facts: list[Json]) -> Json:
@@ -158,39 +231,22 @@ def _compare(facts: list[Json]) -> Json:
     return {"attempt": names.new_attempt(), "per_rank": sorted(per_rank)}
 
 
-def _share_sharded(objects: tuple[FlatObject, ...], ranks: Ranks) -> list[tuple[Block, torch.Tensor]]:
-    """Return this rank's share where all ranks write."""
-    entries = [(o, entry) for o in objects for entry in o.entries]
-    return own_share(
-        {e.name: e.tensor for _, e in entries},
-        rank=ranks.rank,
-        num_writers=ranks.world_size,
-        owners={e.name: e.owner for o, e in entries if e.owner is not None and not o.per_rank},
-        private={e.name for o, e in entries if o.per_rank},
-    )
-
-
-def _share_full(
-    objects: tuple[FlatObject, ...], request: SaveRequest, ranks: Ranks
-) -> list[tuple[Block, torch.Tensor]]:
-    """Return everything on rank 0, to which the others send what only they have, and nothing on them."""
-    own = {e.name: e.tensor for o in objects if o.per_rank for e in o.entries}
+def _received(objects: tuple[FlatObject, ...], request: SaveRequest, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Return on rank 0, which writes all, the tensors that only other ranks have; on these, nothing."""
     received: dict[str, torch.Tensor] = {}
-    if any(o.per_rank for o in objects) and ranks.world_size > 1:
+    if ranks.world_size == 1 or not any(o.per_rank for o in objects):
+        return received
 
-        def receive(facts: list[Json]) -> None:
-            for fact in facts[1:]:
-                received.update({name: _from_text(body) for name, body in fact.items()})
+    def send() -> Json:
+        own = [entry for o in objects if o.per_rank for entry in o.entries] if ranks.rank else []
+        return {entry.name: _to_text(entry.tensor) for entry in own}
 
-        ranks.agree(
-            request.action,
-            lambda: {name: _to_text(tensor) for name, tensor in own.items()} if ranks.rank else {},
-            receive,
-        )
-    if ranks.rank != 0:
-        return []
-    tensors = {e.name: e.tensor for o in objects for e in o.entries}
-    return own_share({**tensors, **received}, rank=0, num_writers=1)
+    def receive(facts: list[Json]) -> None:
+        for fact in facts[1:]:
+            received.update({name: _from_text(body) for name, body in fact.items()})
+
+    ranks.agree(request.action, send, receive)
+    return received
 
 
 def _to_text(tensor: torch.Tensor) -> Json:
@@ -227,6 +283,7 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
     Ranks: all (collective); blocks until the checkpoint is committed.
     """
     request = save.request
+    told = save.workspace.told
     published: list[Committed] = []
     own: list[RankShare] = []
     tried = False
@@ -235,21 +292,23 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
         if save.failure is not None:
             raise save.failure
         begun = time.monotonic()
-        share = write_share(
-            storage, request.folder, save.attempt, rank=ranks.rank, blocks=save.blocks, payload=save.payload
-        )
-        timings = {"stage_s": save.stage_s, "write_s": time.monotonic() - begun}
-        trees = {o.key: o.tree for o in save.objects if o.per_rank}
+        share = write_share(storage, request.folder, save.attempt, rank=ranks.rank, staged=save.staged)
+        timings = {"stage_s": round(save.stage_s, 4), "write_s": round(time.monotonic() - begun, 4)}
         own.append(share)  # rank 0 has no need to send its own to itself
-        return {"share": share.to_json() if ranks.rank else None, "trees": trees, "timings": timings}
+        return {**(_report(save, share, told) if ranks.rank else {}), "timings": timings}
 
     @kept_off()
     def finish(facts: list[Json]) -> None:
         nonlocal tried
-        shares = [*own, *(RankShare.from_json(fact["share"]) for fact in facts[1:])]
-        manifest = assemble(_header(save, facts, ranks.world_size), shares)
+        shares, trees = [*own], [{o.key: o.tree for o in save.objects if o.per_rank}]
+        for rank, fact in enumerate(facts[1:], start=1):
+            blocks = told.unpacked(rank, "blocks", fact["blocks"], fileplan.from_json)
+            shares.append(RankShare.from_json(fact["share"], blocks, rank=rank, attempt=save.attempt))
+            trees.append({key: told.unpacked(rank, key, tree) for key, tree in fact["trees"].items()})
+        manifest = assemble(_header(save, facts, trees), shares, save.workspace.draft)
+        texts = {"tensors": save.workspace.draft.text, "objects": _objects_text(save, manifest)}
         tried = True  # from here on it may be there, whatever is raised
-        num_bytes = publish(storage, request.folder, manifest)
+        num_bytes = publish(storage, request.folder, manifest, texts=texts)
         published.append(Committed(manifest=manifest, num_bytes=num_bytes))
 
     try:
@@ -259,17 +318,59 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
             with contextlib.suppress(Exception):
                 catalog.remove_attempt(storage, request.folder, save.attempt)
         raise
+    told.settle()
     return published[0] if published else None
 
 
-def _header(save: PreparedSave, facts: list[Json], world_size: int) -> Header:
+def _report(save: PreparedSave, share: RankShare, told: Told) -> Json:
+    """Return what rank 0 has to know of this rank's share; what it knows from the save before only by its digest."""
+    fingerprint = save.staged.plan.fingerprint if save.staged is not None else ""
+    return {
+        "share": share.to_json(),
+        "blocks": told.packed("blocks", fingerprint, lambda: fileplan.to_json(share.blocks, share.offsets)),
+        "trees": {
+            o.key: told.packed(o.key, digest(o.text.encode()), partial(_tree_of, o)) for o in save.objects if o.per_rank
+        },
+    }
+
+
+def _tree_of(flat: FlatObject) -> Json:
+    return flat.tree
+
+
+def _objects_text(save: PreparedSave, manifest: Manifest) -> str:
+    """Return the state's keys as JSON; what they refer to is there.
+
+    Raises:
+        RankFailedError: It is not; nothing may be committed.
+    """
+    texts = {}
+    try:
+        for flat in save.objects:
+            entry = manifest.objects[flat.key]
+            if flat.per_rank:
+                check_references(flat.key, entry.trees, manifest.tensors)
+                texts[flat.key] = (entry, [to_text(tree) for tree in entry.trees])
+            else:
+                absent = set(flat.structure.names) - manifest.tensors.keys()
+                if absent:
+                    raise ValueError(f"state key {flat.key!r} refers to {min(absent)!r}, which nobody has written")
+                texts[flat.key] = (entry, [flat.text])
+    except ValueError as error:
+        raise RankFailedError(
+            action=save.request.action, rank=0, host=socket.gethostname(), cause=str(error)
+        ) from error
+    return objects_text(texts)
+
+
+def _header(save: PreparedSave, facts: list[Json], trees: list[dict[str, Json]]) -> Header:
     """Rank 0: return what the manifest says beyond files and tensors."""
     request = save.request
     objects = {
         o.key: ObjectEntry(
             kind=o.kind,
             per_rank=o.per_rank,
-            trees=tuple(fact["trees"][o.key] for fact in facts) if o.per_rank else (o.tree,),
+            trees=tuple(of_rank[o.key] for of_rank in trees) if o.per_rank else (o.tree,),
         )
         for o in save.objects
     }
@@ -278,7 +379,7 @@ def _header(save: PreparedSave, facts: list[Json], world_size: int) -> Header:
         run=request.run,
         attempt=save.attempt,
         layout=request.layout,
-        world_size=world_size,
+        world_size=len(facts),
         objects=objects,
         metrics=request.metrics or {},
         timings={name: max(fact["timings"][name] for fact in facts) for name in facts[0]["timings"]},

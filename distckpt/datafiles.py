@@ -2,30 +2,25 @@
 
 A file is cut into segments, each with a digest: the header, and then pieces of `SEGMENT_BYTES`; so a reader can check
 just what it reads.
-Invariant: `read_ranges` hands out no byte that its segment's digest does not vouch for.
+Invariant: `Reader.fill` returns only if every byte that it handed out is one that its segment's digest vouches for.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 from distckpt import names
 from distckpt.checksum import digest
 from distckpt.errors import CheckpointDamagedError
-from distckpt.garbage import kept_off
 from distckpt.manifest import DataFile, Segment
-from distckpt.safetensors import Piece, make_header
-from distckpt.storage import Storage
+from distckpt.storage import Readable, Storage, read_scattered
 
 # Large enough that a read is efficient and digests are few, small enough that reading a part of a tensor reads little
 # more, and that a segment is still in the processor's cache when it is hashed after it was read.
 SEGMENT_BYTES = 4 << 20
-# Reading, hashing and copying release the GIL, so that threads overlap them.
-NUM_READERS = min(4, 2 * (os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +41,15 @@ class Range:
         return self.begin + len(self.into)
 
 
+def segment_sizes(header_bytes: int, num_bytes: int) -> list[int]:
+    """Return the sizes of a file's segments: its header, and the rest in pieces of `SEGMENT_BYTES`."""
+    rest = num_bytes - header_bytes
+    return [header_bytes] + [min(SEGMENT_BYTES, rest - begin) for begin in range(0, rest, SEGMENT_BYTES)]
+
+
 def write(
-    storage: Storage, folder: str, name: str, *, rank: int, pieces: Sequence[Piece], payload: memoryview
-) -> tuple[DataFile, list[int]]:
+    storage: Storage, folder: str, name: str, *, rank: int, parts: Iterable[memoryview], num_bytes: int
+) -> DataFile:
     """Write a data file, durable when this returns but for its directory entry.
 
     Args:
@@ -56,106 +57,230 @@ def write(
         folder: The checkpoint's folder in it.
         name: The file's name in the checkpoint.
         rank: The rank that writes it.
-        pieces: What the file holds, in order.
-        payload: The bytes of all pieces, one after another.
-
-    Returns:
-        The file's facts, and the offset of each piece from the file's start.
+        parts: The file's segments, in order; each is hashed while it is written.
+        num_bytes: The size of all parts.
 
     Raises:
         StorageError: It could not be written; nothing of that name is left.
     """
-    with kept_off():
-        header = make_header(pieces, metadata={"format": "pt"})
-    cuts = range(0, len(payload), SEGMENT_BYTES)
-    parts = [memoryview(header), *(payload[begin : begin + SEGMENT_BYTES] for begin in cuts)]
-    offsets, offset = [], len(header)
-    for piece in pieces:
-        offsets.append(offset)
-        offset += piece.num_bytes
-    if offset != len(header) + len(payload):
-        raise AssertionError(f"{name}: {len(payload)} bytes are not those of its pieces")
+    hashed: list[tuple[int, Future[str]]] = []
     with ThreadPoolExecutor(1, thread_name_prefix="distckpt-digest") as hasher:
-        digests = hasher.map(digest, parts)  # while they are written
-        storage.put(names.join(folder, name), parts, num_bytes=offset)
-        segments = tuple(Segment(num_bytes=len(part), digest=found) for part, found in zip(parts, digests, strict=True))
-    return DataFile(name=name, rank=rank, num_bytes=offset, segments=segments), offsets
+
+        def passing() -> Iterator[memoryview]:
+            for part in parts:
+                hashed.append((len(part), hasher.submit(digest, part)))
+                yield part
+
+        storage.put(names.join(folder, name), passing(), num_bytes=num_bytes)
+        segments = tuple(Segment(num_bytes=size, digest=found.result()) for size, found in hashed)
+    return DataFile(name=name, rank=rank, num_bytes=num_bytes, segments=segments)
 
 
-def read_ranges(
-    storage: Storage,
-    folder: str,
-    file: DataFile,
-    ranges: Sequence[Range],
-    *,
-    path: str,
-    step: int | None,
-    everything: bool = False,
-) -> None:
-    """Fill every range from a data file, each segment that they touch read once, in file order, and checked.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """Neighbouring segments of one file that are read together.
+
+    Attributes:
+        index: Which file.
+        number: The first one's number in the file.
+        begin: Where it begins.
+        segments: They themselves.
+        ranges: What is wanted of them, in order; nothing, if they are only to be checked.
+    """
+
+    index: int
+    number: int
+    begin: int
+    segments: list[Segment]
+    ranges: list[Range]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(segment.num_bytes for segment in self.segments)
+
+
+class Reader:
+    """Reads the data files of one checkpoint, each segment checked, and remembers which it has checked.
 
     Args:
-        storage: The storage.
+        storage: The storage, or what else there is to read from.
         folder: The checkpoint's folder in it.
-        file: The data file.
-        ranges: What is wanted.
+        files: The checkpoint's data files.
         path: The checkpoint's path, for errors.
         step: The checkpoint's step, for errors.
-        everything: Whether to check the segments, too, that no range touches.
-
-    Raises:
-        CheckpointDamagedError: The file is missing, short, or has other bytes than were written; what `ranges` point
-            to is then undefined.
-        StorageError: It could not be read for another reason.
+        first: The file to begin with: ranks that begin with different ones share the work of a disk whose page cache
+            they share.
     """
-    name = names.join(folder, file.name)
-    tasks = _tasks(file, ranges, everything=everything)
-    if tasks is None:
-        raise CheckpointDamagedError(path=path, step=step, file=file.name, problem="is shorter than its tensors")
-    memory = _Scratch()
 
-    def read(task: tuple[int, Segment, list[Range]]) -> None:
-        first, segment, wanting = task
-        target = _inside(wanting, first, first + segment.num_bytes)
-        scratch = target is None
-        if target is None:
-            target = memory.taken(segment.num_bytes)
-        _read_checked(storage, name, first, segment, target, file=file, path=path, step=step)
-        for wanted in wanting if scratch else []:
-            _copy(wanted, target, first, first + segment.num_bytes)
+    def __init__(
+        self, storage: Readable, folder: str, files: Sequence[DataFile], *, path: str, step: int | None, first: int = 0
+    ) -> None:
+        self._storage = storage
+        self._folder = folder
+        self._files = files
+        self._path = path
+        self._step = step
+        self._first = first
+        self._checked: set[tuple[int, int]] = set()
+        self._memory = _Memory()
 
-    if len(tasks) == 1:
-        read(tasks[0])
-        return
-    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="distckpt-read") as readers:
+    def fill(self, ranges: Mapping[int, Sequence[Range]]) -> None:
+        """Fill ranges, in file order, each segment that they touch read once and checked.
+
+        Args:
+            ranges: What is wanted, by the file's index.
+
+        Raises:
+            CheckpointDamagedError: A file is missing, short, or has other bytes than were written; what `ranges` point
+                to is then undefined.
+            StorageError: It could not be read for another reason.
+        """
+        tasks: list[_Task] = []
+        for index, wanted in ranges.items():
+            ordered = sorted((r for r in wanted if len(r.into)), key=lambda r: r.begin)
+            self._refuse_short(index, max((r.end for r in ordered), default=0))
+            tasks += self._tasks(index, ordered)
+        self._run(tasks)
+
+    def check(self, spans: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+        """Check the segments that spans touch, and keep nothing of them.
+
+        Args:
+            spans: The first byte and the one behind the last, by the file's index.
+
+        Raises:
+            As `fill` does.
+        """
+        tasks: list[_Task] = []
+        for index, wanted in spans.items():
+            ordered = sorted((begin, end) for begin, end in wanted if end > begin)
+            self._refuse_short(index, max((end for _, end in ordered), default=0))
+            tasks += self._bare_tasks(index, ordered)
+        self._run(tasks)
+
+    def check_rest(self, files: Iterable[int]) -> None:
+        """Check all segments of some files that have not been read yet.
+
+        Raises:
+            As `fill` does.
+        """
+        tasks: list[_Task] = []
+        for index in files:
+            tasks += self._bare_tasks(index, [(0, self._files[index].num_bytes)], known=self._checked)
+        self._run(tasks)
+
+    def touched(self, index: int, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the reads that cover spans of a file, each the first byte and the one behind the last.
+
+        Args:
+            index: The file.
+            spans: The first byte and the one behind the last.
+
+        Raises:
+            CheckpointDamagedError: The file is too short.
+        """
+        ordered = sorted((begin, end) for begin, end in spans if end > begin)
+        self._refuse_short(index, max((end for _, end in ordered), default=0))
+        return [(task.begin, task.begin + task.num_bytes) for task in self._bare_tasks(index, ordered)]
+
+    def _refuse_short(self, index: int, end: int) -> None:
+        if end > self._files[index].num_bytes:
+            raise self._damaged(self._files[index], "is shorter than its tensors")
+
+    def _tasks(self, index: int, ordered: Sequence[Range]) -> Iterator[_Task]:
+        """Yield the tasks that fill ranges, which are in order."""
+        waiting = list(reversed(ordered))
+        active: list[Range] = []
+        for task in self._whole_tasks(index):
+            end = task.begin + task.num_bytes
+            while waiting and waiting[-1].begin < end:
+                active.append(waiting.pop())
+            if active:
+                yield replace(task, ranges=active)
+                active = [wanted for wanted in active if wanted.end > end]
+
+    def _bare_tasks(
+        self, index: int, ordered: Sequence[tuple[int, int]], known: Collection[tuple[int, int]] = ()
+    ) -> Iterator[_Task]:
+        """Yield the tasks that check spans, which are in order."""
+        waiting = list(reversed(ordered))
+        reach = 0
+        for task in self._whole_tasks(index):
+            end = task.begin + task.num_bytes
+            while waiting and waiting[-1][0] < end:
+                reach = max(reach, waiting.pop()[1])
+            numbers = range(task.number, task.number + len(task.segments))
+            if reach > task.begin and not all((index, number) in known for number in numbers):
+                yield task
+
+    def _whole_tasks(self, index: int) -> Iterator[_Task]:
+        """Yield a file's segments, as many together as make one good read."""
+        most = self._storage.capabilities.read_bytes
+        begin, number, num_bytes = 0, 0, 0
+        group: list[Segment] = []
+        for segment in self._files[index].segments:
+            if group and num_bytes + segment.num_bytes > most:
+                yield _Task(index=index, number=number, begin=begin, segments=group, ranges=[])
+                begin, number, group, num_bytes = begin + num_bytes, number + len(group), [], 0
+            group.append(segment)
+            num_bytes += segment.num_bytes
+        if group:
+            yield _Task(index=index, number=number, begin=begin, segments=group, ranges=[])
+
+    def _run(self, tasks: list[_Task]) -> None:
+        """Do the tasks with threads; the first failure ends all."""
+        num_files = max(len(self._files), 1)
+        tasks.sort(key=lambda task: ((task.index - self._first) % num_files, task.begin))
+        num_readers = min(self._storage.capabilities.num_readers, len(tasks))
+        if num_readers < 2:
+            for task in tasks:
+                self._do(task)
+            return
+        with ThreadPoolExecutor(num_readers, thread_name_prefix="distckpt-read") as readers:
+            try:
+                for _ in readers.map(self._do, tasks):
+                    pass
+            except BaseException:
+                readers.shutdown(cancel_futures=True)
+                raise
+
+    def _do(self, task: _Task) -> None:
+        """Read one task's segments to where they are wanted, and check them."""
+        end = task.begin + task.num_bytes
+        targets = _tiling(task, end, self._memory)
+        whole = self._memory.taken(task.num_bytes) if targets is None else memoryview(b"")
+        parts = [whole] if targets is None else targets
+        self._read(task, parts)
+        self._compare(task, parts)
+        for wanted in task.ranges if targets is None else ():
+            first, last = max(wanted.begin, task.begin), min(wanted.end, end)
+            wanted.into[first - wanted.begin : last - wanted.begin] = whole[first - task.begin : last - task.begin]
+        self._checked.update((task.index, task.number + number) for number in range(len(task.segments)))
+
+    def _read(self, task: _Task, parts: Sequence[memoryview]) -> None:
+        file = self._files[task.index]
         try:
-            for _ in readers.map(read, tasks):
-                pass
-        except BaseException:
-            readers.shutdown(cancel_futures=True)
-            raise
+            read_scattered(self._storage, names.join(self._folder, file.name), task.begin, parts)
+        except FileNotFoundError as error:
+            raise self._damaged(file, "is missing") from error
+        except EOFError as error:
+            problem = f"is shorter than the {file.num_bytes:,} bytes that the manifest says"
+            raise self._damaged(file, problem) from error
+
+    def _compare(self, task: _Task, parts: Sequence[memoryview]) -> None:
+        """Compare each segment of a task with its digest."""
+        begin = task.begin
+        for segment, pieces in zip(task.segments, _cut(parts, [s.num_bytes for s in task.segments]), strict=True):
+            if digest(*pieces) != segment.digest:
+                problem = f"has wrong bytes between {begin:,} and {begin + segment.num_bytes:,}"
+                raise self._damaged(self._files[task.index], problem)
+            begin += segment.num_bytes
+
+    def _damaged(self, file: DataFile, problem: str) -> CheckpointDamagedError:
+        return CheckpointDamagedError(path=self._path, step=self._step, file=file.name, problem=problem)
 
 
-def _tasks(
-    file: DataFile, ranges: Sequence[Range], *, everything: bool
-) -> list[tuple[int, Segment, list[Range]]] | None:
-    """Return each segment to be read, where it begins, and the ranges on it; None if the file is too short."""
-    waiting = sorted((r for r in ranges if len(r.into)), key=lambda r: r.begin, reverse=True)
-    active: list[Range] = []
-    tasks = []
-    begin = 0
-    for segment in file.segments:
-        end = begin + segment.num_bytes
-        while waiting and waiting[-1].begin < end:
-            active.append(waiting.pop())
-        if active or everything:
-            tasks.append((begin, segment, active))
-            active = [wanted for wanted in active if wanted.end > end]
-        begin = end
-    return None if waiting or active else tasks
-
-
-class _Scratch(threading.local):
+class _Memory(threading.local):
     """Memory that each thread uses again and again: the first touch of fresh memory costs more than a copy."""
 
     def __init__(self) -> None:
@@ -167,37 +292,37 @@ class _Scratch(threading.local):
         return memoryview(self._buffer)[:num_bytes]
 
 
-def _inside(active: Sequence[Range], begin: int, end: int) -> memoryview | None:
-    """Return the memory that a whole segment goes to, if just one range wants it, and all of it."""
-    if len(active) == 1 and active[0].begin <= begin and end <= active[0].end:
-        return active[0].into[begin - active[0].begin : end - active[0].begin]
-    return None
+def _tiling(task: _Task, end: int, memory: _Memory) -> list[memoryview] | None:
+    """Return the memory that a task's bytes go to, in order, holes filled up; None if ranges overlap, or are none."""
+    if not task.ranges:
+        return None
+    spare = memory.taken(task.num_bytes)
+    parts: list[memoryview] = []
+    place = task.begin
+    for wanted in task.ranges:
+        first, last = max(wanted.begin, task.begin), min(wanted.end, end)
+        if first < place:
+            return None
+        if first > place:
+            parts.append(spare[place - task.begin : first - task.begin])
+        parts.append(wanted.into[first - wanted.begin : last - wanted.begin])
+        place = last
+    if place < end:
+        parts.append(spare[place - task.begin :])
+    return parts
 
 
-def _copy(wanted: Range, segment: memoryview, begin: int, end: int) -> None:
-    """Copy what a segment, which is bytes `begin` to `end` of the file, holds of a range."""
-    first, last = max(wanted.begin, begin), min(wanted.end, end)
-    wanted.into[first - wanted.begin : last - wanted.begin] = segment[first - begin : last - begin]
-
-
-def _read_checked(
-    storage: Storage,
-    name: str,
-    begin: int,
-    segment: Segment,
-    target: memoryview,
-    *,
-    file: DataFile,
-    path: str,
-    step: int | None,
-) -> None:
-    try:
-        storage.read(name, begin, target)
-    except FileNotFoundError as error:
-        raise CheckpointDamagedError(path=path, step=step, file=file.name, problem="is missing") from error
-    except EOFError as error:
-        problem = f"is shorter than the {file.num_bytes:,} bytes that the manifest says"
-        raise CheckpointDamagedError(path=path, step=step, file=file.name, problem=problem) from error
-    if digest(target) != segment.digest:
-        problem = f"has wrong bytes between {begin:,} and {begin + segment.num_bytes:,}"
-        raise CheckpointDamagedError(path=path, step=step, file=file.name, problem=problem)
+def _cut(parts: Sequence[memoryview], sizes: Sequence[int]) -> Iterator[list[memoryview]]:
+    """Yield the pieces of `parts` that make up runs of the given sizes, one after another."""
+    waiting = list(reversed(parts))
+    for size in sizes:
+        pieces: list[memoryview] = []
+        num_left = size
+        while num_left:
+            part = waiting.pop()
+            if len(part) > num_left:
+                waiting.append(part[num_left:])
+                part = part[:num_left]
+            pieces.append(part)
+            num_left -= len(part)
+        yield pieces

@@ -7,6 +7,7 @@ raised, with the same type and message, on all of them.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 __all__ = [
@@ -15,10 +16,13 @@ __all__ = [
     "CheckpointNotFoundError",
     "ConfigError",
     "DependencyError",
+    "DirectoryBusyError",
     "DistckptError",
     "FormatVersionError",
     "RankFailedError",
     "RankTimeoutError",
+    "SaveInFlightError",
+    "StateLoadError",
     "StateMismatchError",
     "StorageError",
     "UnsafeFileError",
@@ -237,6 +241,26 @@ class StateMismatchError(DistckptError, ValueError):
         )
 
 
+class StateLoadError(DistckptError, RuntimeError):
+    """An object of the state did not take what the checkpoint holds for it; those before it are loaded.
+
+    Attributes:
+        key: Its key in the state.
+        cause: The error of its own `load_state_dict`, with the type's name.
+    """
+
+    key: str
+    cause: str
+
+    def __init__(self, *, key: str, cause: str, fix: str | None = None) -> None:
+        self._tell(
+            f"state key {key!r} did not take what the checkpoint holds for it: {cause}",
+            fix=fix or "build the state as it was when it was saved, and anew: it is loaded in part",
+            key=key,
+            cause=cause,
+        )
+
+
 class UnsafeFileError(DistckptError, ValueError):
     """A file of another tool asks for more than tensors and plain values; nothing of it was run or loaded.
 
@@ -319,6 +343,65 @@ class RankTimeoutError(DistckptError, TimeoutError):
             action=action,
             missing=missing,
             timeout_s=timeout_s,
+        )
+
+
+class DirectoryBusyError(DistckptError, BlockingIOError):
+    """Another job owns the run's directory; it alone may save there.
+
+    Attributes:
+        path: The directory.
+        host: The host of the owner's rank 0; None if its lease cannot be read.
+        pid: The process number of the owner's rank 0 there; None likewise.
+        since: When the owner took the directory, in seconds since 1970, by its clock; None likewise.
+        taken_over: Whether it was this job's before.
+    """
+
+    path: str
+    host: str | None
+    pid: int | None
+    since: float | None
+    taken_over: bool
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        host: str | None,
+        pid: int | None,
+        since: float | None,
+        taken_over: bool = False,
+        fix: str | None = None,
+    ) -> None:
+        owner = "a job that does not say who it is" if host is None else f"process {pid} on host {host!r}"
+        begun = "" if since is None else time.strftime(", since %Y-%m-%d %H:%M:%S UTC", time.gmtime(since))
+        if taken_over:
+            message = f"{path!r} was taken over from this job by {owner}{begun}; this job commits nothing more there"
+            advice = "let this job end; the other one has gone on from the newest checkpoint"
+        else:
+            message = f"{path!r} belongs to another job: {owner}{begun}"
+            advice = "wait for that job, or stop it, or give this one a directory of its own; of a dead job no trace "
+            advice += "needs to be removed"
+        self._tell(message, fix=fix or advice, path=path, host=host, pid=pid, since=since, taken_over=taken_over)
+
+
+class SaveInFlightError(DistckptError, RuntimeError):
+    """A save was refused because the one before it is still being written, and waiting was not wanted.
+
+    Attributes:
+        step: The step that was to be saved.
+        in_flight: The step whose save is still being written.
+    """
+
+    step: int
+    in_flight: int
+
+    def __init__(self, *, step: int, in_flight: int, fix: str | None = None) -> None:
+        self._tell(
+            f"save of step {step} refused: the save of step {in_flight} is still being written",
+            fix=fix or 'save less often, or let saves wait or be skipped: CheckpointManager(..., when_busy="wait")',
+            step=step,
+            in_flight=in_flight,
         )
 
 

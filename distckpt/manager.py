@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from distckpt import catalog, names
+from distckpt import catalog
 from distckpt.catalog import Checkpoint
-from distckpt.commit import PreparedSave, SaveRequest, commit, prepare
 from distckpt.errors import ConfigError, DistckptError, UsageError
+from distckpt.interval import Every
 from distckpt.manifest import Layout
+from distckpt.pace import Pace, past_uptimes
 from distckpt.preemption import Preemption
 from distckpt.ranks import Ranks
-from distckpt.restore import RestoreRequest, restore
-from distckpt.retention import Retention, decide
-from distckpt.staging import Staging
+from distckpt.restore import RestoreRequest, is_torn, restore
+from distckpt.retention import Retention
+from distckpt.saver import Saver, WhenBusy
+from distckpt.schedule import Schedule
 from distckpt.storage import open_storage
 from distckpt.values import Json
 
@@ -39,12 +41,18 @@ class CheckpointManager:
                 train_one(model, optimizer, next(batches))
 
     A save copies this rank's share to host memory and returns; a thread writes it, and commits it once every rank has.
-    One save is in flight at most: the next one waits for it. If it failed, that is logged at once, and raised by the
-    next `save`, `wait`, `close`, or `step` at which a save is due.
+    One save is in flight at most: `when_busy` says what the next one does. If it failed, that is logged at once, and
+    raised by the next `save`, `wait`, `close`, or `step` at which a save is due. Old checkpoints are deleted beside the
+    training, too, after the commit; only `wait` and `close` wait for that.
+
+    `every="auto"` saves first after 10 steps, to see what a save costs, and then so often that the time lost to saves
+    and to failures is least: Young's and Daly's interval, from the stall, what steps take longer while a save is
+    written, and `mtbf_s`. It is at most an hour, and never so short that saves cost more than 5 % of the training, that
+    one waits for the other, or 10 s. The choice and its predicted cost are logged whenever it changes.
 
     Args:
         directory: The run's directory: a path, or a URL that fsspec knows, such as "s3://bucket/run-7".
-        every: Save each so many steps; None saves only when told.
+        every: Save each so many steps, or after a time ("90s", "10min", "2h"), or "auto"; None saves only when told.
         keep: Which checkpoints to keep; a number means the newest so many.
         layout: Who writes: all ranks their share ("sharded"), or rank 0 alone ("full").
         background: Whether to write on a thread while training goes on.
@@ -53,6 +61,14 @@ class CheckpointManager:
         rng: Whether to save and restore each rank's random-number generators.
         config: The run's configuration, to be kept in each checkpoint; plain JSON values.
         signals: The signals that ask for one last save and the end of the loop.
+        mtbf_s: The mean time between failures of the job, in seconds, for `every="auto"`; None estimates it: six
+            hours (less above 8,000 ranks), corrected by how long this process has run and by the restarts that the
+            newest checkpoints show.
+        when_busy: What a save does that finds one in flight: "wait" for it, "skip" with a warning, or "raise". The last
+            save of `steps`, and that of a preemption, wait.
+
+        overlap: Whether a GPU goes on training while it copies what changes only in an optimizer's step; that step then
+            waits for the copy. False, if parameters are changed by other means between a save and the next step.
 
     Attributes:
         preempted: Whether the loop ended because of such a signal, after its last save was committed.
@@ -66,7 +82,7 @@ class CheckpointManager:
         self,
         directory: str | os.PathLike[str],
         *,
-        every: int | None = None,
+        every: int | str | None = None,
         keep: int | Retention = 3,
         layout: Layout = "sharded",
         background: bool = True,
@@ -75,32 +91,41 @@ class CheckpointManager:
         rng: bool = True,
         config: Mapping[str, Json] | None = None,
         signals: Sequence[signal.Signals] = SIGNALS,
+        mtbf_s: float | None = None,
+        when_busy: WhenBusy = "wait",
+        overlap: bool = True,
     ) -> None:
-        if every is not None and (type(every) is not int or every < 1):
-            raise ConfigError(source="CheckpointManager", problem=f"every must be at least 1 step, is {every!r}")
         if layout not in ("sharded", "full"):
             raise ConfigError(source="CheckpointManager", problem=f'layout must be "sharded" or "full", is {layout!r}')
         if not timeout_s > 0:
             raise ConfigError(source="CheckpointManager", problem=f"timeout_s must be above 0, is {timeout_s!r}")
+        if mtbf_s is not None and not 0 < mtbf_s < math.inf:
+            raise ConfigError(source="CheckpointManager", problem=f"mtbf_s must be above 0, is {mtbf_s!r}")
+        if when_busy not in get_args(WhenBusy):
+            problem = f'when_busy must be "wait", "skip" or "raise", is {when_busy!r}'
+            raise ConfigError(source="CheckpointManager", problem=problem)
         self.preempted = False
         self._storage = open_storage(directory, storage_options=storage_options)
-        self._every = every
-        self._retention = Retention.of(keep)
-        self._layout: Layout = layout
-        self._background = background
+        self._every = Every.of(every)
         self._timeout_s = timeout_s
         self._rng = rng
-        self._config = None if config is None else dict(config)
         self._preemption = Preemption(signals)
-        self._staging = Staging()
+        self._pace = Pace(self._every, mtbf_s=mtbf_s)
+        self._schedule = Schedule(self._every, pace=self._pace, preemption=self._preemption)
+        self._saver = Saver(
+            self._storage,
+            retention=Retention.of(keep),
+            pace=self._pace,
+            layout=layout,
+            background=background,
+            when_busy=when_busy,
+            rng=rng,
+            config=config,
+            overlap=overlap,
+        )
+        self._is_unused = True  # nothing has been restored, and no step done: the state is worth nothing yet
+        self._is_torn = False
         self._channels: tuple[Ranks, Ranks] | None = None
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
-        self._run: str | None = None
-        self._parent: dict[str, Json] | None = None
-        self._resumed_from: int | None = None
-        self._saved_step: int | None = None
-        self._known: dict[tuple[int, int], Checkpoint] = {}
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -123,6 +148,11 @@ class CheckpointManager:
     def directory(self) -> str:
         """The run's directory, as a path or URL."""
         return self._storage.url
+
+    @property
+    def num_skipped(self) -> int:
+        """How many saves were skipped because one was in flight."""
+        return self._saver.num_skipped
 
     @property
     def _ranks(self) -> Ranks:
@@ -182,10 +212,8 @@ class CheckpointManager:
         done = self.restore(state)
         for step in range(done + 1, until + 1):
             yield step
-            if self.step(step, state):
+            if self._complete(step, state, None, last=step == until):
                 return
-        if until > done:
-            self.save(until, state)
         self.wait()
 
     def restore(
@@ -199,6 +227,9 @@ class CheckpointManager:
         """Load the newest good checkpoint into `state`, in place, and return its step; 0 on a fresh directory.
 
         A damaged checkpoint is put aside with a warning, and the next older one is taken.
+        The first restore of a manager, that of a restarted job, reads into the state at once; if no checkpoint proves
+        good, the state then holds parts of what was read, the error says so, and `save` refuses to save that.
+        Later ones, and those of a named step, change nothing before all is known to be good.
 
         Args:
             state: What to load into; objects in place, plain values are replaced in the dict.
@@ -208,7 +239,7 @@ class CheckpointManager:
 
         Raises:
             StateMismatchError: The checkpoint does not fit; the state is as it was.
-            CheckpointDamagedError: There are checkpoints, but no good one; the state is as it was.
+            CheckpointDamagedError: There are checkpoints, but no good one.
             CheckpointNotFoundError: The step that was asked for is not there.
             RankFailedError: A rank failed.
             RankTimeoutError: A rank did not come.
@@ -216,17 +247,27 @@ class CheckpointManager:
 
         Ranks: all (collective); blocks until every rank has loaded.
         """
-        request = RestoreRequest(step=step, skip=skip, only=only, rng=self._rng, heal=step is None)
-        begun = time.monotonic()
+        request = RestoreRequest(
+            step=step, skip=skip, only=only, rng=self._rng, heal=step is None, fresh=step is None and self._is_unused
+        )
         ranks = self._ranks
-        loaded = restore(state, request, storage=self._storage, ranks=ranks)
+        self._saver.settle()
+        self._is_unused = False
+        begun = time.monotonic()
+        try:
+            loaded = restore(state, request, storage=self._storage, ranks=ranks)
+        except BaseException as error:
+            self._is_torn = self._is_torn or is_torn(error)
+            raise
+        self._is_torn = self._is_torn and loaded is None
+        self._pace.restart(0 if loaded is None else loaded[1].step)
         if loaded is None:
             return 0
         _, manifest = loaded
-        self._run = manifest.run
-        self._parent = {"step": manifest.step, "attempt": manifest.attempt}
-        self._resumed_from = self._saved_step = manifest.step
+        self._saver.resume(manifest)
         if ranks.rank == 0:
+            if self._every.auto:
+                self._pace.ended_s = past_uptimes(self._storage)
             logger.info(
                 "restored step %d from %s: %.1f MB in %.2f s",
                 *(manifest.step, self.directory, manifest.num_bytes / 1e6, time.monotonic() - begun),
@@ -249,13 +290,45 @@ class CheckpointManager:
 
         Ranks: all (collective), once after every step; blocks when a save or a stop is due.
         """
-        stop = self._preemption.stops(step, self._ranks)
-        if stop or (self._every is not None and step % self._every == 0):
-            self.save(step, state, metrics=metrics)
-        if stop:
+        return self._complete(step, state, metrics, last=False)
+
+    def _complete(
+        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float] | None, *, last: bool
+    ) -> bool:
+        """Do what is due after a step; a save that is the last one waits for the one in flight."""
+        ranks = self._ranks
+        self._pace.step_ended(world_size=ranks.world_size, tell=ranks.rank == 0)
+        self._is_unused = False
+        due = self._schedule.after(step, ranks, busy=self._saver.is_busy, last=last)
+        if due.save:
+            busy = due.busy and not (due.stop or last)
+            self._saver.save(step, state, metrics, channels=self._open_channels(), busy=busy)
+        if due.stop:
             self.wait()
             self.preempted = True
-        return stop
+        self._pace.step_begins(writing=self._saver.is_busy)
+        return due.stop
+
+    def prewarm(self, state: Mapping[str, Any]) -> int:
+        """Plan and allocate now what the first save needs, so that it costs no more than the later ones.
+
+        Nothing is written. Call it when the state has its final shape: optimizers make theirs in their first step.
+
+        Args:
+            state: What will be saved; see `save`.
+
+        Returns:
+            How many bytes of host memory this rank's share takes.
+
+        Raises:
+            UnsupportedStateError: The state holds something that cannot be saved; names the key.
+            UsageError: The ranks' states do not fit together, or the manager is closed.
+            RankFailedError: A rank failed, or the save before did.
+            RankTimeoutError: A rank did not come.
+
+        Ranks: all (collective); blocks until the save before is committed and all ranks have come.
+        """
+        return self._saver.prewarm(state, ranks=self._ranks)
 
     def save(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
         """Save `state` as the checkpoint of `step`; does nothing if this manager has saved or restored that step.
@@ -271,92 +344,28 @@ class CheckpointManager:
             UnsupportedStateError: The state holds something that cannot be saved; names the key.
             UsageError: The ranks' states do not fit together, or the manager is closed.
             CheckpointExistsError: The step has been committed by somebody else.
+            SaveInFlightError: The save before is still being written, and `when_busy` is "raise".
             RankFailedError: A rank failed in this save, or in the one before that ran in the background.
             RankTimeoutError: A rank did not come.
             StorageError: As the only rank, it could not be written.
 
-        Ranks: all (collective); blocks until the save before is committed, all ranks have come, and this rank's
-            share lies in host memory; without `background`, until the checkpoint is committed.
+        Ranks: all (collective); blocks until the save before is committed (see `when_busy`), all ranks have come, and
+            this rank's share lies in host memory; without `background`, until the checkpoint is committed.
         """
-        ranks, writing_ranks = self._open_channels()
+        ranks = self._ranks
         if type(step) is not int or step < 0:
             raise UsageError(problem=f"step must be an int from 0 on, is {step!r}")
-        self.wait()
-        if step == self._saved_step:
-            return
-        begun = time.monotonic()
-        request = SaveRequest(
-            step=step,
-            folder=names.step_name(step),
-            run=self._agree_run(ranks),
-            layout=self._layout,
-            rng=self._rng,
-            metrics=_checked(metrics),
-            parent=self._parent,
-            config=self._config,
-        )
-        prepared = prepare(state, request, ranks=ranks, staging=self._staging)
-        stall_s = time.monotonic() - begun
-        if not self._background:
-            self._write(prepared, writing_ranks, stall_s)
-            return
-        self._thread = threading.Thread(
-            target=self._write_quietly, args=(prepared, writing_ranks, stall_s), name="distckpt-write", daemon=False
-        )
-        self._thread.start()
-
-    def _agree_run(self, ranks: Ranks) -> str:
-        """Return the run's name, the same on every rank; a new one on a fresh directory."""
-        if self._run is None:
-            self._run = ranks.agree("naming the run", lambda: None, lambda _: names.new_attempt())
-        return self._run
-
-    def _write_quietly(self, prepared: PreparedSave, ranks: Ranks, stall_s: float) -> None:
-        """Write on the thread; a failure waits for the next call, but is in the log at once."""
-        try:
-            self._write(prepared, ranks, stall_s)
-        except BaseException as error:  # noqa: BLE001  raised again by wait()
-            self._failure = error
-            if ranks.rank == 0:
-                logger.error("background save failed: %s", error)
-
-    def _write(self, prepared: PreparedSave, ranks: Ranks, stall_s: float) -> None:
-        """Write and commit a prepared save, then prune."""
-        begun = time.monotonic()
-        step = prepared.request.step
-        done = commit(prepared, ranks=ranks, storage=self._storage)
-        self._saved_step = step
-        self._parent = {"step": step, "attempt": prepared.attempt}
-        if done is not None:
-            facts = catalog.describe(self._storage, done.manifest, folder=prepared.request.folder)
-            self._known[step, done.num_bytes] = facts
-            logger.info(
-                "saved step %d to %s: stall %.3f s, written in %.2f s",
-                *(step, self.directory, stall_s, time.monotonic() - begun),
+        if self._is_torn:
+            raise UsageError(
+                problem="the state holds parts of a checkpoint that failed to load, and is not saved",
+                fix="restore a whole one, or build the state anew and make a new CheckpointManager",
             )
-            self._prune(step)
-
-    def _prune(self, newest: int) -> None:
-        """Rank 0: delete what retention does not keep, and what dead saves have left; a failure is a warning."""
-        try:
-            folders = catalog.scan(self._storage)
-            plan = decide(
-                catalog.committed(self._storage, folders, known=self._known),
-                self._retention,
-                now=time.time(),
-                resumed_from=self._resumed_from,
-                pinned=[folder.step for folder in folders if folder.pinned],
-            )
-            gone = {decision.step for decision in plan if not decision.kept}
-            for folder in folders:
-                partial = not folder.committed and not folder.damaged and folder.step <= newest
-                if folder.step in gone or partial:
-                    catalog.remove(self._storage, folder)
-        except DistckptError as error:
-            logger.warning("could not prune %s: %s", self.directory, error)
+        self._is_unused = False
+        busy = self._saver.agreed_busy(step, ranks=ranks)
+        self._saver.save(step, state, metrics, channels=self._open_channels(), busy=busy)
 
     def wait(self) -> None:
-        """Return once no save is in flight.
+        """Return once no save is in flight, and what retention does not keep is deleted.
 
         Raises:
             RankFailedError: The save that was in flight failed, on whatever rank; raised once.
@@ -364,14 +373,12 @@ class CheckpointManager:
             CheckpointExistsError: Its step has been committed by somebody else.
             StorageError: As the only rank, it could not be written.
 
-        Ranks: any; blocks until the save in flight is committed.
+        Ranks: any; blocks until the save in flight is committed and, on rank 0, pruning has ended.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        try:
+            self._saver.await_commit()
+        finally:
+            self._saver.await_pruning()
 
     def close(self) -> None:
         """Wait for the save in flight and give back the signals' handlers; a closed manager saves no more.
@@ -388,20 +395,3 @@ class CheckpointManager:
         finally:
             self._closed = True
             self._preemption.ignore()
-
-
-def _checked(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    """Return metrics as floats.
-
-    Raises:
-        UsageError: One is no number; names it.
-    """
-    checked = {}
-    for name, value in (metrics or {}).items():
-        try:
-            checked[str(name)] = float(value.item() if hasattr(value, "item") else value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(
-                problem=f"metric {name!r} is {value!r:.60}, not a number", fix=f'metrics={{"{name}": float(...)}}'
-            ) from error
-    return checked

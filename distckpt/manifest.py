@@ -9,17 +9,21 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from distckpt import names
 from distckpt.checksum import digest, is_digest
 from distckpt.errors import CheckpointDamagedError, FormatVersionError
-from distckpt.safetensors import ITEM_BYTES
+from distckpt.safetensors import ITEM_BYTES, MAX_HEADER_BYTES
+from distckpt.tiling import tiles
 from distckpt.values import Json, references
 
 FORMAT = 1
 MAX_BYTES = 1 << 30
+MAX_SEGMENT_BYTES = MAX_HEADER_BYTES + 8  # who checks a digest holds that many bytes; the header is one segment
+MAX_DIMS = 64  # NumPy's own limit
 Layout = Literal["full", "sharded"]
 
 # The digest of all bytes before it, as the last key: "xxh3" sorts behind every other.
@@ -52,9 +56,10 @@ class DataFile:
     segments: tuple[Segment, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A box of a tensor, and where its bytes lie, row by row.
+
+    A tuple, as there may be a great many: a dataclass takes three times as long to make.
 
     Attributes:
         file: Index into `Manifest.files`.
@@ -69,9 +74,8 @@ class Chunk:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorEntry:
-    """One tensor; its chunks do not overlap and together are all of it."""
+class TensorEntry(NamedTuple):
+    """One tensor; its chunks do not overlap and together are all of it. A tuple, as `Chunk` is."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -142,9 +146,15 @@ class Manifest:
         return sum(file.num_bytes for file in self.files)
 
 
-def serialize(manifest: Manifest) -> bytes:
-    """Return the manifest's file: JSON with sorted keys, sealed by a digest of itself."""
-    body = {
+def serialize(manifest: Manifest, *, texts: Mapping[str, str] | None = None) -> bytes:
+    """Return the manifest's file: JSON with sorted keys, sealed by a digest of itself.
+
+    Args:
+        manifest: The manifest.
+        texts: The JSON of "tensors" or "objects", where it is known from before.
+    """
+    known = texts or {}
+    body: dict[str, Json] = {
         "attempt": manifest.attempt,
         "config": manifest.config,
         "created": manifest.created,
@@ -152,21 +162,42 @@ def serialize(manifest: Manifest) -> bytes:
         "format": FORMAT,
         "layout": manifest.layout,
         "metrics": {name: _float_to_json(value) for name, value in manifest.metrics.items()},
-        "objects": {
-            key: {"kind": entry.kind, "per_rank": entry.per_rank, "trees": list(entry.trees)}
-            for key, entry in manifest.objects.items()
-        },
+        "objects": None,
         "parent": manifest.parent,
         "run": manifest.run,
         "step": manifest.step,
-        "tensors": {name: _tensor_to_json(entry) for name, entry in manifest.tensors.items()},
+        "tensors": None,
         "timings": manifest.timings,
         "versions": manifest.versions,
         "world_size": manifest.world_size,
         "writer": manifest.writer,
     }
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()[:-1]
+    parts = {key: to_text(value) for key, value in body.items()}
+    parts["objects"] = known.get("objects") or objects_text(
+        {key: (entry, [to_text(tree) for tree in entry.trees]) for key, entry in manifest.objects.items()}
+    )
+    parts["tensors"] = known.get("tensors") or tensors_text(manifest.tensors)
+    text = ("{" + ",".join(f'"{key}":{parts[key]}' for key in sorted(parts))).encode()
     return text + f',"xxh3":"{digest(text)}"}}\n'.encode()
+
+
+def to_text(value: Json) -> str:
+    """Return JSON as a manifest has it: keys sorted, no white space."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def tensors_text(tensors: Mapping[str, TensorEntry]) -> str:
+    """Return the JSON of a manifest's tensors."""
+    return to_text({name: _tensor_to_json(entry) for name, entry in tensors.items()})
+
+
+def objects_text(objects: Mapping[str, tuple[ObjectEntry, Sequence[str]]]) -> str:
+    """Return the JSON of the state's keys, from the JSON of each one's trees."""
+    texts = (
+        f'{to_text(key)}:{{"kind":{to_text(entry.kind)},"per_rank":{to_text(entry.per_rank)},"trees":[{",".join(trees)}]}}'
+        for key, (entry, trees) in sorted(objects.items())
+    )
+    return "{" + ",".join(texts) + "}"
 
 
 def parse(data: bytes, *, path: str) -> Manifest:
@@ -209,7 +240,7 @@ def _unseal(data: bytes) -> dict[str, Any]:
         raise ValueError(f"its {len(data):,} bytes do not end in a digest")
     if digest(text) != seal[1].decode():
         raise ValueError("its digest does not fit its bytes")
-    body = json.loads(data)
+    body = json.loads(data.decode())  # of bytes, it would guess the encoding
     if not isinstance(body, dict):
         raise ValueError("it is no JSON object")
     return body
@@ -225,14 +256,14 @@ def _from_body(body: dict[str, Any]) -> Manifest:
         attempt=names.checked(_text(body["attempt"])),
         layout=layout,
         world_size=_integer(body["world_size"], least=1),
-        created=float(body["created"]),
+        created=_moment(body["created"]),
         writer=_mapping(body["writer"]),
         files=tuple(_file_from_json(file) for file in body["files"]),
         tensors={_text(name): _tensor_from_json(entry) for name, entry in _mapping(body["tensors"]).items()},
         objects={key: _object_from_json(entry) for key, entry in _mapping(body["objects"]).items()},
         metrics={name: float(value) for name, value in _mapping(body["metrics"]).items()},
-        versions=_mapping(body["versions"]),
-        timings=_mapping(body["timings"]),
+        versions={name: _text(value) for name, value in _mapping(body["versions"]).items()},
+        timings={name: float(value) for name, value in _mapping(body["timings"]).items()},
         parent=None if body["parent"] is None else _mapping(body["parent"]),
         config=None if body["config"] is None else _mapping(body["config"]),
     )
@@ -247,24 +278,47 @@ def check(manifest: Manifest) -> None:
     seen = [file.name for file in manifest.files]
     if len(set(seen)) != len(seen):
         raise ValueError("two data files have one name")
-    for name, entry in manifest.tensors.items():
-        covered = 0
-        for chunk in entry.chunks:
-            num_bytes = math.prod(chunk.shape) * ITEM_BYTES[entry.dtype]
-            inside = all(
-                first + size <= whole for first, size, whole in zip(chunk.start, chunk.shape, entry.shape, strict=True)
-            )
-            if not inside or chunk.offset + num_bytes > manifest.files[chunk.file].num_bytes:
-                raise ValueError(f"a chunk of {name!r} lies outside its tensor or its file")
-            covered += num_bytes
-        if covered != entry.num_bytes:
-            raise ValueError(f"the chunks of {name!r} hold {covered:,} bytes of {entry.num_bytes:,}")
-    for key, entry_of_key in manifest.objects.items():
-        if len(entry_of_key.trees) != (manifest.world_size if entry_of_key.per_rank else 1):
-            raise ValueError(f"state key {key!r} has {len(entry_of_key.trees)} trees")
-        for name in references(list(entry_of_key.trees)):
-            if name not in manifest.tensors:
-                raise ValueError(f"state key {key!r} refers to {name!r}, which is not there")
+    check_tensors(manifest.tensors, [file.num_bytes for file in manifest.files])
+    for key, entry in manifest.objects.items():
+        if len(entry.trees) != (manifest.world_size if entry.per_rank else 1):
+            raise ValueError(f"state key {key!r} has {len(entry.trees)} trees")
+        check_references(key, entry.trees, manifest.tensors)
+
+
+def check_tensors(tensors: Mapping[str, TensorEntry], file_bytes: Sequence[int]) -> None:
+    """Return if each tensor's chunks lie inside their files, and cover it exactly once.
+
+    Args:
+        tensors: The tensors, by name.
+        file_bytes: The size of each data file.
+
+    Raises:
+        ValueError: They do not; names the tensor.
+    """
+    left_bytes = sum(file_bytes)  # else a few bytes, named over and over, could fill all memory
+    for name, (dtype, shape, chunks) in tensors.items():
+        item_bytes = ITEM_BYTES[dtype]
+        left_bytes -= math.prod(shape) * item_bytes
+        if left_bytes < 0:
+            raise ValueError("its tensors have more bytes than its files")
+        for file, offset, _, size in chunks:
+            if offset + math.prod(size) * item_bytes > file_bytes[file]:
+                raise ValueError(f"a chunk of {name!r} lies outside its file")
+        if len(chunks) == 1 and chunks[0].shape == shape and not any(chunks[0].start):
+            continue
+        if not tiles(shape, [(chunk.start, chunk.shape) for chunk in chunks]):
+            raise ValueError(f"the chunks of {name!r} do not cover it exactly once")
+
+
+def check_references(key: str, trees: Iterable[Json], tensors: Mapping[str, TensorEntry]) -> None:
+    """Return if the trees of a key of the state refer to tensors that are there.
+
+    Raises:
+        ValueError: They do not; names key and tensor.
+    """
+    for name in references(list(trees)):
+        if name not in tensors:
+            raise ValueError(f"state key {key!r} refers to {name!r}, which is not there")
 
 
 def _file_to_json(file: DataFile) -> Json:
@@ -278,6 +332,8 @@ def _file_from_json(body: Json) -> DataFile:
         if not is_digest(hexadecimal):
             raise ValueError("a segment's digest is malformed")
         segments.append(Segment(num_bytes=_integer(num_bytes, least=1), digest=hexadecimal))
+        if num_bytes > MAX_SEGMENT_BYTES:
+            raise ValueError(f"a segment of {num_bytes:,} bytes")
     size = _integer(body["bytes"])
     if sum(segment.num_bytes for segment in segments) != size:
         raise ValueError(f"the digests of {body['name']!r} do not cover it")
@@ -291,14 +347,22 @@ def _tensor_to_json(entry: TensorEntry) -> Json:
 
 
 def _tensor_from_json(body: Json) -> TensorEntry:
-    dtype = _text(body["dtype"])
+    dtype, shape = body["dtype"], _sizes(body["shape"])
+    # An empty tensor, too, has strides, which have to fit.
+    if len(shape) > MAX_DIMS or (0 in shape and math.prod(size or 1 for size in shape) >= 1 << 56):
+        raise ValueError(f"a tensor of shape {shape!s:.80}")
     if dtype not in ITEM_BYTES:
-        raise ValueError(f"unknown dtype {dtype[:40]!r}")
-    chunks = tuple(
-        Chunk(file=_integer(file), offset=_integer(offset), start=_sizes(start), shape=_sizes(shape))
-        for file, offset, start, shape in body["chunks"]
-    )
-    return TensorEntry(dtype=dtype, shape=_sizes(body["shape"]), chunks=chunks)
+        raise ValueError(f"unknown dtype {dtype!r:.40}")
+    if len(body["chunks"]) == 1 and body["chunks"][0][2:] == [[0] * len(shape), body["shape"]]:  # by far the most
+        file, offset = body["chunks"][0][:2]
+        return TensorEntry(dtype, shape, (Chunk(_integer(file), _integer(offset), (0,) * len(shape), shape),))
+    chunks = []
+    for file, offset, start, size in body["chunks"]:
+        chunk = Chunk(_integer(file), _integer(offset), _sizes(start), _sizes(size))
+        if len(chunk.start) != len(shape) or len(chunk.shape) != len(shape):
+            raise ValueError("a chunk has other dimensions than its tensor")
+        chunks.append(chunk)
+    return TensorEntry(dtype, shape, tuple(chunks))
 
 
 def _object_from_json(body: Json) -> ObjectEntry:
@@ -317,6 +381,13 @@ def _integer(value: Any, *, least: int = 0) -> int:
     return value
 
 
+def _moment(value: Any) -> float:
+    moment = float(value)
+    if not math.isfinite(moment):
+        raise ValueError(f"{moment} is no time")
+    return moment
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r:.40} is no text")
@@ -330,4 +401,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    return tuple(_integer(size) for size in value)
+    for size in value:
+        if type(size) is not int or not 0 <= size < 1 << 62:
+            raise ValueError(f"{size!r:.40} is no size")
+    return tuple(value)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from distckpt import names
 from distckpt.errors import UsageError
 from distckpt.manifest import Manifest, TensorEntry
+from distckpt.modules import is_stock, module_state, unwrap
 from distckpt.rng import RandomState
-from distckpt.state import Slot, kind_of, module_state, slots
+from distckpt.state import Slot, kind_of, slots
 from distckpt.tensors import DTYPE_NAMES, DTYPES
 from distckpt.values import Json, decode
 
@@ -26,9 +27,8 @@ _ELEMENTWISE = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """A tensor entry's name, standing in a decoded value for its tensor."""
+class Reference(NamedTuple):
+    """A tensor entry's name, standing in a decoded value for its tensor. A tuple, as there may be a great many."""
 
     name: str
     array: bool
@@ -57,6 +57,7 @@ class Match:
         parts: The objects to load, in the state's order, the random-number generators last.
         problems: What does not fit, a line each.
         likes: For tensors of which the state holds just a part (DTensors): the state's tensor, by the entry's name.
+        targets: Tensors of the state that may be filled in place, by the entry's name: with that, they are loaded.
         kept: Keys of which the checkpoint has nothing for this rank: what is marked by `PerRank` stays as it is.
         borrowed: Likewise, but not marked: these take rank 0's.
     """
@@ -64,6 +65,7 @@ class Match:
     parts: list[Part] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     likes: dict[str, torch.Tensor] = field(default_factory=dict)
+    targets: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     borrowed: list[str] = field(default_factory=list)
 
@@ -138,7 +140,9 @@ def match(state: Mapping[str, Any], manifest: Manifest, *, rank: int, selection:
             if slot.per_rank:
                 continue
             tree = entry.trees[0]
-        content = decode(tree, lambda tag, name: Reference(name=name, array=tag == "$array"))
+        content = _decoded(slot.key, tree, result)
+        if content is None and tree is not None:
+            continue
         known += _names_below(slot, content)
         _match_slot(slot, content, manifest, selection, result)
     for key, entry in manifest.objects.items():
@@ -157,8 +161,17 @@ def _match_rng(manifest: Manifest, rank: int, selection: Selection, result: Matc
     tree = _tree_of(entry.trees, rank=rank, per_rank=entry.per_rank)
     if tree is not None:
         slot = Slot(key=names.RNG, value=RandomState(), per_rank=True, parent=None, place=None)
-        content = decode(tree, lambda tag, name: Reference(name=name, array=tag == "$array"))
+        content = _decoded(names.RNG, tree, result)
         result.parts.append(Part(slot=slot, content=content))
+
+
+def _decoded(key: str, tree: Json, result: Match) -> Any:
+    """Return a value with a `Reference` for each tensor; None, with a problem, if the tree stands for none."""
+    try:
+        return decode(tree, _reference)
+    except ValueError as error:
+        result.problems.append(f"{key}: the checkpoint holds what no save writes: {error}")
+        return None
 
 
 def _is_part_of(key: str, selection: Selection) -> bool:
@@ -206,6 +219,7 @@ def _match_module(slot: Slot, content: Any, manifest: Manifest, selection: Selec
         result.problems.append(f"{slot.key}: the checkpoint holds a {type(content).__name__}, the state a module")
         return
     expected, _ = module_state(module)
+    in_place = is_stock(unwrap(module))
     chosen: dict[str, Any] = {}
     for name, target in expected.items():
         full = f"{slot.key}.{name}"
@@ -217,8 +231,10 @@ def _match_module(slot: Slot, content: Any, manifest: Manifest, selection: Selec
         stored = content[name]
         chosen[name] = stored
         if isinstance(target, torch.Tensor) and isinstance(stored, Reference):
-            _compare(full, target, manifest.tensors[stored.name], result)
+            fits = _compare(full, target, manifest.tensors[stored.name], result)
             _remember(stored, target, result)
+            if fits and in_place and _is_plain(target):
+                result.targets.setdefault(stored.name, target)
         elif isinstance(target, torch.Tensor) or isinstance(stored, Reference):
             result.problems.append(f"{full}: a tensor on one side, a value on the other")
     for name, stored in content.items():
@@ -236,6 +252,14 @@ def _match_optimizer(slot: Slot, content: Any, manifest: Manifest, result: Match
     if not isinstance(saved, list) or not all(isinstance(group, dict) and "params" in group for group in saved):
         result.problems.append(f"{slot.key}: the checkpoint holds no optimizer state")
         return
+    state = content.get("state")
+    if (
+        not all(isinstance(group["params"], list) and set(map(type, group["params"])) <= {int} for group in saved)
+        or not isinstance(state, dict)
+        or not all(isinstance(state.get(index, {}), dict) for group in saved for index in group["params"])
+    ):
+        result.problems.append(f"{slot.key}: the checkpoint's optimizer state is malformed")
+        return
     here = [len(group["params"]) for group in optimizer.param_groups]
     there = [len(group["params"]) for group in saved]
     if here != there:
@@ -247,10 +271,14 @@ def _match_optimizer(slot: Slot, content: Any, manifest: Manifest, result: Match
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = [index for group in saved for index in group["params"]]
     for index, parameter in zip(order, parameters, strict=True):
-        for name, stored in content["state"].get(index, {}).items():
+        for name, stored in state.get(index, {}).items():
             if not isinstance(stored, Reference):
                 continue
-            shape = manifest.tensors[stored.name].shape
+            entry = manifest.tensors[stored.name]
+            shape = entry.shape
+            here_now = optimizer.state[parameter].get(name) if parameter in optimizer.state else None
+            if isinstance(here_now, torch.Tensor) and _fits(here_now, entry) and _is_plain(here_now):
+                result.targets.setdefault(stored.name, here_now)
             if shape == tuple(parameter.shape):
                 _remember(stored, parameter, result)
             elif name in _ELEMENTWISE:
@@ -262,13 +290,21 @@ def _match_optimizer(slot: Slot, content: Any, manifest: Manifest, result: Match
 def _match_value(key: str, value: Any, content: Any, manifest: Manifest, result: Match) -> None:
     """Compare the tensors that stand at the same place on both sides."""
     if isinstance(value, torch.Tensor) and isinstance(content, Reference):
-        _compare(key, value, manifest.tensors[content.name], result)
+        if _compare(key, value, manifest.tensors[content.name], result) and _is_plain(value) and not content.array:
+            result.targets.setdefault(content.name, value)
         _remember(content, value, result)
     elif isinstance(value, torch.Tensor):
         result.problems.append(f"{key}: the state has a tensor here, the checkpoint a {type(content).__name__}")
     elif isinstance(value, dict) and isinstance(content, dict):
-        for name in value.keys() & content.keys():
-            _match_value(f"{key}.{name}", value[name], content[name], manifest, result)
+        for name, inner in value.items():
+            if name in content:
+                stored = content[name]
+                if type(inner) is torch.Tensor and type(stored) is Reference and not stored.array:  # by far the most
+                    entry = manifest.tensors[stored.name]
+                    if _fits(inner, entry) and _is_plain(inner):
+                        result.targets.setdefault(stored.name, inner)
+                        continue
+                _match_value(f"{key}.{name}", inner, stored, manifest, result)
     elif isinstance(value, (list, tuple)) and isinstance(content, (list, tuple)):
         for index, (one, other) in enumerate(zip(value, content, strict=False)):
             _match_value(f"{key}.{index}", one, other, manifest, result)
@@ -279,9 +315,21 @@ def _remember(stored: Reference, target: torch.Tensor, result: Match) -> None:
         result.likes[stored.name] = target
 
 
-def _compare(name: str, target: torch.Tensor, entry: TensorEntry, result: Match) -> None:
-    if tuple(target.shape) != entry.shape or DTYPE_NAMES.get(target.dtype) != entry.dtype:
-        result.problems.append(f"{name}: the checkpoint holds{_stored_facts(entry)}, the state expects{_facts(target)}")
+def _fits(target: torch.Tensor, entry: TensorEntry) -> bool:
+    return target.shape == entry.shape and DTYPE_NAMES.get(target.dtype) == entry.dtype
+
+
+def _is_plain(target: torch.Tensor) -> bool:
+    """Say whether what lies in a tensor's memory are its values."""
+    return not (target.is_conj() or target.is_neg())
+
+
+def _compare(name: str, target: torch.Tensor, entry: TensorEntry, result: Match) -> bool:
+    """Say whether a tensor of the state fits; if not, that is a problem."""
+    if _fits(target, entry):
+        return True
+    result.problems.append(f"{name}: the checkpoint holds{_stored_facts(entry)}, the state expects{_facts(target)}")
+    return False
 
 
 def _facts(target: Any) -> str:
@@ -294,11 +342,17 @@ def _stored_facts(entry: TensorEntry | None) -> str:
     return "" if entry is None else f" {entry.shape} {str(DTYPES[entry.dtype]).removeprefix('torch.')}"
 
 
-def _references(content: Any) -> list[Reference]:
-    if isinstance(content, Reference):
-        return [content]
-    if isinstance(content, dict):
-        return [found for item in content.values() for found in _references(item)]
-    if isinstance(content, (list, tuple)):
-        return [found for item in content for found in _references(item)]
-    return []
+def _reference(tag: str, name: str) -> Reference:
+    return Reference(name, tag == "$array")
+
+
+def _references(content: Any) -> Iterator[Reference]:
+    waiting = [content]
+    while waiting:
+        node = waiting.pop()
+        if type(node) is Reference:
+            yield node
+        elif isinstance(node, dict):
+            waiting.extend(reversed(node.values()))
+        elif isinstance(node, (list, tuple)):
+            waiting.extend(reversed(node))

@@ -14,6 +14,7 @@ RNG = "_rng"  # the state's key that holds the random-number generators of each 
 
 _STEP = re.compile(r"step-(\d{12,})")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_OF_RANK = re.compile(r"rank-\d{5,}:")
 MAX_NAME_CHARS = 1024
 
 
@@ -36,6 +37,16 @@ def new_attempt() -> str:
 def rank_file(attempt: str, rank: int) -> str:
     """Return the name, inside the checkpoint, of the data file that `rank` writes in `attempt`."""
     return f"{attempt}/rank-{rank:05d}.safetensors"
+
+
+def of_rank(rank: int, entry: str) -> str:
+    """Return the name of an entry that belongs to `rank` alone."""
+    return f"rank-{rank:05d}:{entry}"
+
+
+def is_of_rank(entry: str) -> bool:
+    """Say whether an entry's name is that of one rank's own."""
+    return _OF_RANK.match(entry) is not None
 
 
 def quarantine_name(attempt: str) -> str:

@@ -1,7 +1,6 @@
-"""Preemption: a request to stop soon, heard on any rank, answered by all at the same step.
+"""Preemption: a request to stop soon, heard by this process; the schedule brings it to all ranks.
 
-A signal's handler only sets a flag. At the next step's boundary the rank that has it announces a step at which to stop,
-one that no rank can have passed while ranks wait for each other once a step; every rank looks for it at every boundary.
+A signal's handler only sets a flag, which is looked at between two steps.
 """
 
 from __future__ import annotations
@@ -14,16 +13,13 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from distckpt.ranks import Ranks
-
 logger = logging.getLogger("distckpt")
 
-_STOP = "stop"
 _IMPATIENT_S = 5.0  # a launcher forwards a signal that a terminal has sent already; a person repeats it later
 
 
 class Preemption:
-    """Listens for signals, and agrees with the other ranks on the step at which to stop.
+    """Listens for signals that ask this process to stop.
 
     Args:
         signals: Which signals ask for a stop.
@@ -37,8 +33,6 @@ class Preemption:
         self._signals = tuple(signals)
         self._before: dict[signal.Signals, Any] = {}
         self._first_s = 0.0
-        self._stop_at: int | None = None
-        self._agreed = False
 
     def listen(self) -> None:
         """Install the handlers; only the main thread can, elsewhere this warns and does nothing.
@@ -73,34 +67,3 @@ class Preemption:
         before = self._before.get(signal.Signals(number))
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)
-
-    def stops(self, step: int, ranks: Ranks) -> bool:
-        """Say whether the job stops after `step`, the same on every rank.
-
-        Args:
-            step: The step that this rank has just completed.
-            ranks: All ranks.
-
-        Raises:
-            RankTimeoutError: A stop is due, and a rank did not come to it.
-
-        Ranks: all, once after every step; blocks only when a stop is due.
-        """
-        if ranks.world_size == 1:
-            return self.requested
-        if self.requested and self._stop_at is None:
-            # While this rank is between two steps no other can be further than one step ahead of it.
-            ranks.announce(_STOP, step + 1)
-        if self._stop_at is None:
-            self._stop_at = ranks.announced(_STOP)
-        if self._stop_at is None or step < self._stop_at:
-            return False
-        if not self._agreed:
-            # Ranks that never wait for each other may have gone further: then it is the furthest one's step.
-            self._stop_at = ranks.agree("stop", lambda: step, _furthest)
-            self._agreed = True
-        return step == self._stop_at
-
-
-def _furthest(steps: list[int]) -> int:
-    return max(steps)

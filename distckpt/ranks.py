@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import queue
 import socket
+import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
@@ -22,8 +25,7 @@ from distckpt.errors import DistckptError, RankFailedError, RankTimeoutError, Us
 Fact = TypeVar("Fact")
 Verdict = TypeVar("Verdict")
 
-_POLL_LEAST_S = 50e-6
-_POLL_MOST_S = 0.02
+_GRACE_S = 1.0  # how much longer than rank 0 the others wait: it is rank 0 that knows who is missing
 
 # Ranks construct their channels in the same order, so that a count names the same channel everywhere.
 _channels = itertools.count()
@@ -35,6 +37,8 @@ class _Store(Protocol):
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
     def check(self, keys: list[str]) -> bool: ...
+    def wait(self, keys: list[str], timeout: timedelta) -> None: ...
+    def set_timeout(self, timeout: timedelta) -> None: ...
     def delete_key(self, key: str) -> bool: ...
     def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
 
@@ -58,6 +62,7 @@ class Ranks:
         self.world_size = 1
         self._round = 0
         self._store: _Store | None = None
+        self._patience = _Patience()
         if dist.is_available() and dist.is_initialized():
             self.rank = dist.get_rank()
             self.world_size = dist.get_world_size()
@@ -65,7 +70,7 @@ class Ranks:
             if self.world_size > 1:
                 # A clone has its own connection: a wait on one does not hold up the other.
                 store = dist.distributed_c10d._get_default_store().clone()
-                self._store = dist.distributed_c10d.PrefixStore(f"distckpt/{channel}", store)
+                self._store = dist.distributed_c10d.PrefixStore(f"distckpt{channel}", store)
 
     def agree(self, action: str, work: Callable[[], Fact], decide: Callable[[list[Fact]], Verdict]) -> Verdict:
         """Do `work` on every rank, and return on every rank what rank 0 decides from all its results.
@@ -91,12 +96,12 @@ class Ranks:
             return decide([work()])
         self._round += 1
         error: BaseException | None = None
-        post: dict[str, Any] = {"host": self.host, "action": action}
+        post: dict[str, Any] = {"action": action}
         try:
             post["fact"] = work()
         except BaseException as raised:  # noqa: BLE001  an interrupt, too, must not leave the others waiting
             error = raised
-            post["error"] = _describe(raised)
+            post["error"] = {**_describe(raised), "host": self.host}
         try:
             verdict = self._exchange(self._store, action, post, decide)
         except DistckptError as shared:
@@ -146,8 +151,7 @@ class Ranks:
         try:
             if self.rank != 0:
                 store.set(f"{number}/{self.rank}", json.dumps(post))
-                self._wait(store, action, {0: f"{number}/verdict"}, deadline + _POLL_MOST_S * 50)
-                verdict = json.loads(store.get(f"{number}/verdict"))
+                verdict = json.loads(self._awaited(store, action, f"{number}/verdict", deadline + _GRACE_S))
             else:
                 verdict = self._judge(store, action, post, decide, deadline)
                 store.set(f"{number}/verdict", json.dumps(verdict))
@@ -188,7 +192,7 @@ class Ranks:
             failure = RankFailedError(
                 action=action,
                 rank=rank,
-                host=post["host"],
+                host=post["error"]["host"],
                 cause=cause,
                 others=len(failed) - 1,
                 fix=post["error"]["fix"],
@@ -203,20 +207,73 @@ class Ranks:
             return {"error": to_wire(RankFailedError(action=action, rank=0, host=self.host, cause=shown["cause"]))}
 
     def _wait(self, store: _Store, action: str, keys: dict[int, str], deadline: float) -> None:
-        """Return once all keys are set; keys are by the rank that sets them.
+        """Return once all keys are set; keys are by the rank that sets them."""
+        left = _left(deadline)
+        try:
+            self._patience.do(lambda: store.wait(list(keys.values()), left))
+        except dist.DistStoreError:
+            if time.monotonic() < deadline:
+                raise
+            missing = [rank for rank, key in keys.items() if not store.check([key])]
+            if missing:
+                raise RankTimeoutError(action=action, missing=missing, timeout_s=self.timeout_s) from None
 
-        Asks again and again rather than to wait in the store: a wait there that runs out prints a warning, and
-        lets no signal through.
+    def _awaited(self, store: _Store, action: str, key: str, deadline: float) -> bytes:
+        """Return what rank 0 sets under a key, once it is there."""
+        found: list[bytes] = []
+        store.set_timeout(_left(deadline))
+        try:
+            self._patience.do(lambda: found.append(store.get(key)))
+        except dist.DistStoreError:
+            if time.monotonic() < deadline:
+                raise
+            raise RankTimeoutError(action=action, missing=[0], timeout_s=self.timeout_s) from None
+        return found[0]
+
+
+def _left(deadline: float) -> timedelta:
+    return timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+
+
+class _Patience:
+    """Waits in the store; instead of the main thread another one does, for in there no signal would be heard."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._is_left = False
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Do `work`, and return when it is done.
+
+        A signal's handler may raise in between; `work` then goes on, and no other can be done.
         """
-        pause_s = _POLL_LEAST_S
-        while not store.check(list(keys.values())):
-            if time.monotonic() > deadline:
-                missing = [rank for rank, key in keys.items() if not store.check([key])]
-                if missing:
-                    raise RankTimeoutError(action=action, missing=missing, timeout_s=self.timeout_s)
-                return
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, _POLL_MOST_S)
+        if self._thread is None:
+            # A daemon: a job that ends while it waits is not held up by it.
+            self._thread = threading.Thread(target=self._live, name="distckpt-wait", daemon=True)
+            self._thread.start()
+        if threading.current_thread() is not threading.main_thread():
+            work()
+            return
+        if self._is_left:
+            raise InterruptedError("it was interrupted while it waited for the other ranks")
+        self._is_left = True
+        self._work.put(work)
+        error = self._done.get()
+        self._is_left = False
+        if error is not None:
+            raise error
+
+    def _live(self) -> None:
+        while True:
+            work = self._work.get()
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001  raised by `do`
+                self._done.put(error)
+            else:
+                self._done.put(None)
 
 
 def _describe(error: BaseException) -> dict[str, Any]:

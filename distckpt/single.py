@@ -12,9 +12,9 @@ from distckpt.commit import SaveRequest, commit, prepare
 from distckpt.manifest import Layout
 from distckpt.ranks import Ranks
 from distckpt.restore import RestoreRequest, restore
-from distckpt.staging import Staging
 from distckpt.storage import open_storage
 from distckpt.values import Json
+from distckpt.workspace import Workspace
 
 TIMEOUT_S = 1800.0
 
@@ -65,7 +65,7 @@ def save(
         metrics=dict(metrics or {}),
         config=None if config is None else dict(config),
     )
-    prepared = prepare(state, request, ranks=ranks, staging=Staging())
+    prepared = prepare(state, request, ranks=ranks, workspace=Workspace(), copy="while writing")
     commit(prepared, ranks=ranks, storage=storage)
     folder, manifest = locate(storage)
     return describe(storage, manifest, folder=folder)

@@ -8,9 +8,11 @@ Invariant: flattening changes nothing, and an entry's tensor is the user's own m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +20,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from distckpt import names
+from distckpt.blueprint import Blueprint, Unknown
 from distckpt.checksum import digest
 from distckpt.errors import UnsupportedStateError, UsageError
+from distckpt.manifest import to_text
+from distckpt.modules import module_state
 from distckpt.rng import RandomState
 from distckpt.tensors import DTYPE_NAMES, check_storable, host_bytes, local
 from distckpt.values import Json, encode, rename
@@ -76,6 +81,42 @@ class Entry:
         return tuple(self.tensor.shape)
 
 
+class Structure:
+    """What is known of an object's tensors without looking into them; the same object as long as nothing changes.
+
+    Attributes:
+        names: Their names.
+        owners: For each the one rank whose values count, or None.
+    """
+
+    def __init__(self, names: Sequence[str], owners: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> None:
+        self.names = tuple(names)
+        self.owners = tuple(owners)
+        self._facts = [f"{n} {DTYPE_NAMES[t.dtype]} {tuple(t.shape)}" for n, t in zip(names, tensors, strict=True)]
+        self._fingerprint = ""
+        self._of_rank: dict[int, Structure] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of names, dtypes and shapes.
+
+        Ranks: any.
+        """
+        if not self._fingerprint:
+            self._fingerprint = digest("\n".join(self._facts).encode())
+        return self._fingerprint
+
+    def for_rank(self, rank: int, tensors: Sequence[torch.Tensor]) -> Structure:
+        """Return the structure of the same tensors as `rank`'s own.
+
+        Ranks: any.
+        """
+        if rank not in self._of_rank:
+            own = [names.of_rank(rank, name) for name in self.names]
+            self._of_rank[rank] = Structure(own, [rank] * len(own), tensors)
+        return self._of_rank[rank]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatObject:
     """One key of the state, flattened.
@@ -84,15 +125,28 @@ class FlatObject:
         key: The key; parts of nested ones joined by dots.
         kind: "module", "optimizer", "stateful" or "value".
         tree: The object as JSON, with references to entries.
-        entries: Its tensors.
+        text: The same as text.
+        structure: The names of its tensors.
+        tensors: They themselves.
         per_rank: Whether it is this rank's own.
     """
 
     key: str
     kind: str
     tree: Json
-    entries: tuple[Entry, ...]
+    text: str
+    structure: Structure
+    tensors: tuple[torch.Tensor, ...]
     per_rank: bool
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Its tensors, with what is known of them.
+
+        Ranks: any.
+        """
+        of_each = zip(self.structure.names, self.tensors, self.structure.owners, strict=True)
+        return [Entry(name=name, tensor=tensor, owner=owner) for name, tensor, owner in of_each]
 
     def fingerprint(self) -> str:
         """Return a digest that is the same on two ranks if this object may be stored once for both.
@@ -102,24 +156,75 @@ class FlatObject:
 
         Ranks: any.
         """
-        parts = [repr(self.tree)]
-        for entry in self.entries:
-            parts.append(f"{entry.name} {entry.dtype} {entry.shape}")
-            if self.kind in ("stateful", "value") and not isinstance(entry.tensor, DTensor):
-                parts.append(_content(entry.tensor))
-        return digest("\n".join(parts).encode())
+        parts = [digest(self.text.encode()), self.structure.fingerprint]
+        if self.kind in ("stateful", "value"):
+            parts += _contents(self.tensors)
+        return digest("\n".join(parts).encode())[:16]
 
     def for_rank(self, rank: int) -> FlatObject:
         """Return this object as one of `rank`'s own: its entries carry the rank in their names.
 
         Ranks: any.
         """
+        tree = rename(self.tree, partial(names.of_rank, rank))
+        structure = self.structure.for_rank(rank, self.tensors)
+        return replace(self, tree=tree, text=to_text(tree), structure=structure, per_rank=True)
 
-        def renamed(name: str) -> str:
-            return f"rank-{rank:05d}:{name}"
 
-        entries = tuple(Entry(name=renamed(e.name), tensor=e.tensor, owner=rank) for e in self.entries)
-        return FlatObject(key=self.key, kind=self.kind, tree=rename(self.tree, renamed), entries=entries, per_rank=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What the save before knew of an object."""
+
+    blueprint: Blueprint
+    structure: Structure
+    buffers: frozenset[str]
+
+
+class Blueprints:
+    """What the saves before have learned of the state's objects, by their keys."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], _Known] = {}
+        self._distinct: list[Structure] = []
+
+    def follow(self, key: str, kind: str, content: Any, buffers: frozenset[str]) -> tuple[_Known, list[Any]] | None:
+        """Return what is known of an object, and its tensors now, if its structure is the one of the save before.
+
+        Ranks: any.
+        """
+        known = self._known.pop((key, kind), None)
+        tensors = known.blueprint.follow(content) if known is not None and known.buffers == buffers else None
+        if known is None or tensors is None:
+            return None
+        self._known[key, kind] = known
+        return known, tensors
+
+    def learn(self, key: str, kind: str, blueprint: Blueprint, structure: Structure, buffers: frozenset[str]) -> None:
+        """Remember how an object was made up.
+
+        Ranks: any.
+        """
+        self._known[key, kind] = _Known(blueprint=blueprint, structure=structure, buffers=buffers)
+
+    def check_names(self, flat: Sequence[FlatObject]) -> None:
+        """Refuse two entries of one name.
+
+        Raises:
+            UsageError: There are such; says which.
+
+        Ranks: any.
+        """
+        structures = [each.structure for each in flat]
+        if len(structures) == len(self._distinct) and all(map(operator.is_, structures, self._distinct)):
+            return
+        taken: set[str] = set()
+        for structure in structures:
+            for name in structure.names:
+                if name in taken:
+                    problem = f"two entries of the state have the name {name!r}"
+                    raise UsageError(problem=problem, fix="rename one of the keys")
+                taken.add(name)
+        self._distinct = structures
 
 
 @dataclass(slots=True)
@@ -154,13 +259,14 @@ class _Collector:
         return key
 
 
-def flatten(state: Mapping[str, Any], *, rng: bool) -> list[FlatObject]:
+def flatten(state: Mapping[str, Any], *, rng: bool, blueprints: Blueprints | None = None) -> list[FlatObject]:
     """Return every object of `state`, flattened, in the state's order.
 
     Args:
         state: Objects with `state_dict` and `load_state_dict`, tensors, plain values, and dicts and lists of these;
             any of them in a `PerRank`.
         rng: Whether to add this rank's random-number generators, under the key `names.RNG`.
+        blueprints: What the saves before have learned; this one adds to it.
 
     Raises:
         UnsupportedStateError: Something in it cannot be saved; names the key.
@@ -168,18 +274,10 @@ def flatten(state: Mapping[str, Any], *, rng: bool) -> list[FlatObject]:
 
     Ranks: any.
     """
-    flat: list[FlatObject] = []
-    taken: set[str] = set()
+    blueprints = Blueprints() if blueprints is None else blueprints
     random_state = Slot(key=names.RNG, value=RandomState(), per_rank=True, parent=None, place=None)
-    for slot in [*slots(state), *([random_state] if rng else [])]:
-        made = _flatten_object(slot)
-        for name in (entry.name for entry in made.entries):
-            if name in taken:
-                raise UsageError(
-                    problem=f"two entries of the state have the name {name!r}", fix="rename one of the keys"
-                )
-            taken.add(name)
-        flat.append(made)
+    flat = [_flatten_object(slot, blueprints) for slot in [*slots(state), *([random_state] if rng else [])]]
+    blueprints.check_names(flat)
     return flat
 
 
@@ -267,77 +365,35 @@ def kind_of(value: Any) -> str:
     return "stateful" if is_stateful(value) else "value"
 
 
-def _flatten_object(slot: Slot) -> FlatObject:
+def _flatten_object(slot: Slot, blueprints: Blueprints) -> FlatObject:
     key, value = slot.key, slot.value
     kind = kind_of(value)
-    collector = _Collector()
+    buffers: set[str] = set()
     if isinstance(value, nn.Module):
         content, buffers = module_state(value)
-        collector = _Collector(share_memory=True, owners={f"{key}.{name}": 0 for name in buffers})
     else:
         content = value.state_dict() if kind != "value" else value
-    tree = encode(content, key, collector)
-    return FlatObject(key=key, kind=kind, tree=tree, entries=tuple(collector.entries), per_rank=slot.per_rank)
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel, DataParallel and torch.compile wrappers.
-
-    Ranks: any.
-    """
-    while True:
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            module = module.module
-        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):  # torch.compile
-            module = cast(nn.Module, module._orig_mod)
-        else:
-            return module
-
-
-def module_state(module: nn.Module) -> tuple[dict[str, Any], set[str]]:
-    """Return a module's state dict under its names without wrappers, and which of these names are buffers.
-
-    Buffers are apart because DDP makes rank 0's the ones that count: each rank changes its own in forward, and the
-    next forward begins by copying rank 0's to all.
-
-    Ranks: any.
-    """
-    module = unwrap(module)
-    plain = plain_names(module)
-    buffers = {plain(name) for name, _ in module.named_buffers(remove_duplicate=False)}
-    content = {plain(name): value for name, value in module.state_dict().items()}
-    return content, buffers & content.keys()
-
-
-def plain_names(module: nn.Module) -> Callable[[str], str]:
-    """Return the function from a name in `module.state_dict()` to the name that it has without wrappers inside.
-
-    Ranks: any.
-    """
-    wrappers = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-    skipped: set[str] = set()
-    for prefix, inner in module.named_modules(remove_duplicate=False):
-        if isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            skipped.add(names_join(prefix, "module"))
-        for child in wrappers & inner._modules.keys():
-            skipped.add(names_join(prefix, child))
-    if not skipped:
-        return lambda name: name
-
-    def plain(name: str) -> str:
-        parts = name.split(".")
-        kept = [part for index, part in enumerate(parts) if ".".join(parts[: index + 1]) not in skipped]
-        return ".".join(kept)
-
-    return plain
-
-
-def names_join(prefix: str, name: str) -> str:
-    """Return the dotted name of `name` below `prefix`.
-
-    Ranks: any.
-    """
-    return f"{prefix}.{name}" if prefix else name
+    found = blueprints.follow(key, kind, content, frozenset(buffers))
+    if found is not None:
+        known, raw = found
+        tensors = tuple(_from_array(key, t) if isinstance(t, np.ndarray) else t for t in raw)
+        blueprint, structure = known.blueprint, known.structure
+        tree, text = blueprint.tree, blueprint.text
+    else:
+        collector = _Collector(share_memory=kind == "module", owners={f"{key}.{name}": 0 for name in buffers})
+        tree = encode(content, key, collector)
+        tensors = tuple(entry.tensor for entry in collector.entries)
+        entry_names, owners = [e.name for e in collector.entries], [e.owner for e in collector.entries]
+        structure = Structure(entry_names, owners, tensors)
+        try:
+            blueprint = Blueprint(content, key, tree, shares_memory=kind == "module")
+            blueprints.learn(key, kind, blueprint, structure, frozenset(buffers))
+            text = blueprint.text
+        except Unknown:
+            text = to_text(tree)
+    return FlatObject(
+        key=key, kind=kind, tree=tree, text=text, structure=structure, tensors=tensors, per_rank=slot.per_rank
+    )
 
 
 def _from_array(key: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -349,12 +405,17 @@ def _from_array(key: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
         ) from error
 
 
-def _content(tensor: torch.Tensor) -> str:
-    flat = local(tensor).reshape(-1)  # [items]
-    if flat.numel() * flat.element_size() > COMPARED_BYTES:
-        step = max(1, flat.numel() // _SAMPLES)
-        flat = flat[::step]
-    return digest(host_bytes(flat))
+def _contents(tensors: Sequence[torch.Tensor]) -> list[str]:
+    """Return digests of the content of tensors, or of samples of it; few, however many tensors there are."""
+    rows: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            continue
+        flat = local(tensor).reshape(-1)  # [items]
+        if flat.numel() * flat.element_size() > COMPARED_BYTES:
+            flat = flat[:: max(1, flat.numel() // _SAMPLES)]
+        rows.setdefault((flat.dtype, flat.device), []).append(flat)
+    return [digest(host_bytes(row[0] if len(row) == 1 else torch.cat(row))) for row in rows.values()]
 
 
 def gathered(flat: FlatObject, *, keep: bool) -> FlatObject:
@@ -366,11 +427,12 @@ def gathered(flat: FlatObject, *, keep: bool) -> FlatObject:
 
     Ranks: all (collective, on the DTensors' own process groups); blocks on them.
     """
-    entries = []
-    for entry in flat.entries:
-        tensor = entry.tensor
+    tensors = []
+    for tensor in flat.tensors:
         if isinstance(tensor, DTensor):
-            full = tensor.full_tensor()
-            tensor = full.cpu() if keep else torch.empty(full.shape, dtype=full.dtype, device="meta")
-        entries.append(Entry(name=entry.name, tensor=tensor, owner=entry.owner))
-    return FlatObject(key=flat.key, kind=flat.kind, tree=flat.tree, entries=tuple(entries), per_rank=flat.per_rank)
+            with torch.no_grad():
+                full = tensor.full_tensor()
+            tensors.append(full.cpu() if keep else torch.empty(full.shape, dtype=full.dtype, device="meta"))
+        else:
+            tensors.append(tensor)
+    return replace(flat, tensors=tuple(tensors))

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 Json = Any
 MAX_DEPTH = 200
 _NUMPY_SCALARS = "?bhilqBHILQefdFD"  # NumPy's type codes that JSON can carry exactly
+# Their names. NumPy itself would compile what stands in other ones: "(2,3)i4".
+_NUMPY_NAMES = {
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+}
 _FIX = "save its tensors and plain values instead, for instance through a state_dict() method"
 
 Leaf = Callable[[str, Any], Json | None]
@@ -121,7 +126,10 @@ def decode(tree: Json, leaf: Callable[[str, str], Any]) -> Any:
     Raises:
         ValueError: The JSON is none that `encode` makes.
     """
-    return _decode(tree, leaf, 0)
+    try:
+        return _decode(tree, leaf, 0)
+    except (TypeError, KeyError, IndexError, OverflowError, RecursionError) as error:
+        raise ValueError(f"a value that cannot be: {error!s:.200}") from error
 
 
 def _decode(tree: Json, leaf: Callable[[str, str], Any], depth: int) -> Any:
@@ -134,22 +142,23 @@ def _decode(tree: Json, leaf: Callable[[str, str], Any], depth: int) -> Any:
     tag = next(iter(tree), "")
     if not tag.startswith("$"):
         return {name: _decode(item, leaf, depth + 1) for name, item in tree.items()}
+    body = tree[tag]
     if len(tree) != 1:
         raise ValueError(f"a tag stands among other keys: {sorted(tree)[:5]}")
-    return _decode_tag(tag, tree[tag], leaf, depth)
+    if tag in ("$tensor", "$array") and isinstance(body, str):  # by far the most
+        return leaf(tag, body)
+    return _decode_tag(tag, body, leaf, depth)
 
 
 def _decode_tag(tag: str, body: Json, leaf: Callable[[str, str], Any], depth: int) -> Any:
     match tag, body:
-        case (("$tensor" | "$array"), str()):
-            return leaf(tag, body)
         case "$tuple", list():
             return tuple(_decode(item, leaf, depth + 1) for item in body)
         case (("$dict" | "$counter"), list()):
             pairs = {}
             for pair in body:
                 name, item = pair
-                pairs[_decode(name, leaf, depth + 1)] = _decode(item, leaf, depth + 1)
+                pairs[name if type(name) is str else _decode(name, leaf, depth + 1)] = _decode(item, leaf, depth + 1)
             return Counter(pairs) if tag == "$counter" else pairs
         case "$bytes", str():
             return base64.b64decode(body, validate=True)
@@ -164,25 +173,27 @@ def _decode_tag(tag: str, body: Json, leaf: Callable[[str, str], Any], depth: in
 def _decode_numpy(dtype: str, parts: list[Json]) -> np.generic:
     import numpy as np
 
-    made = np.dtype(dtype)
-    if made.char not in _NUMPY_SCALARS:
-        raise ValueError(f"a NumPy scalar of type {dtype!r}")
+    if dtype not in _NUMPY_NAMES or not 1 <= len(parts) <= 2 or any(isinstance(p, (list, dict)) for p in parts):
+        raise ValueError(f"a NumPy scalar of type {dtype[:40]!r}")
     item = complex(float(parts[0]), float(parts[1])) if len(parts) == 2 else parts[0]
-    scalar: np.generic = made.type(item)
+    scalar: np.generic = np.dtype(dtype).type(item)
     return scalar
 
 
 def references(tree: Json) -> Iterator[str]:
     """Yield the name of every tensor entry that `tree` refers to, in the order in which they stand there."""
-    if isinstance(tree, list):
-        for item in tree:
-            yield from references(item)
-    elif isinstance(tree, dict):
-        for tag, item in tree.items():
-            if tag in ("$tensor", "$array") and isinstance(item, str):
-                yield item
-            else:
-                yield from references(item)
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if type(node) is list:
+            waiting.extend(reversed(node))
+        elif type(node) is dict:
+            if len(node) == 1:
+                ((tag, item),) = node.items()
+                if tag in ("$tensor", "$array") and type(item) is str:
+                    yield item
+                    continue
+            waiting.extend(reversed(node.values()))
 
 
 def rename(tree: Json, renamed: Callable[[str], str]) -> Json:

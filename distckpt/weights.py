@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from distckpt import catalog, names
+from distckpt.applying import apply
+from distckpt.dcp_folders import is_dcp, read_dcp
 from distckpt.errors import CheckpointDamagedError, StateMismatchError
-from distckpt.foreign import find_weights, is_dcp, is_foreign_file, read_dcp, read_file
+from distckpt.foreign import find_weights, is_foreign_file, read_file
+from distckpt.loading import read_tensors
 from distckpt.manifest import Manifest
 from distckpt.matching import Selection, match
-from distckpt.restore import apply, read_tensors
-from distckpt.state import module_state, plain_names, unwrap
+from distckpt.modules import module_state, plain_names, unwrap
 from distckpt.storage import Storage, open_storage
 from distckpt.values import references
 
@@ -149,6 +151,8 @@ def _load_foreign(
         stored = found.get(name)
         if stored is None:
             problems.append(f"missing in the file: {name}")
+        elif stored.layout != torch.strided or stored.is_quantized or stored.is_meta:
+            problems.append(f"{name}: the file holds no plain dense tensor, but one with layout {stored.layout}")
         elif isinstance(target, torch.Tensor) and (stored.shape, stored.dtype) != (target.shape, target.dtype):
             problems.append(
                 f"{name}: the file holds {tuple(stored.shape)} {stored.dtype}, "

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 
 from distckpt.errors import (
     CheckpointDamagedError,
+    CheckpointExistsError,
     CheckpointNotFoundError,
     ConfigError,
     DependencyError,
     DistckptError,
     FormatVersionError,
+    StateMismatchError,
     StorageError,
+    UnsafeFileError,
+    UnsupportedStateError,
     UsageError,
 )
 
@@ -25,6 +30,7 @@ class Exit(IntEnum):
     NOTHING = 3
     STORAGE = 4
     UNREADABLE = 5
+    EXISTS = 6
     BUG = 70
 
 
@@ -35,9 +41,13 @@ def exit_of(error: DistckptError) -> Exit:
             return Exit.USAGE
         case CheckpointNotFoundError():
             return Exit.NOTHING
+        case CheckpointExistsError():
+            return Exit.EXISTS
         case StorageError():
-            return Exit.STORAGE
+            return Exit.EXISTS if error.errno == errno.EEXIST else Exit.STORAGE
         case CheckpointDamagedError() | FormatVersionError():
+            return Exit.UNREADABLE
+        case UnsafeFileError() | UnsupportedStateError() | StateMismatchError():
             return Exit.UNREADABLE
         case _:
             return Exit.BUG

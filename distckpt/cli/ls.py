@@ -1,37 +1,71 @@
 """`distckpt ls URL`: what a run's directory holds.
 
+With `--keep N` also what retention would do with each, and why (a running job also keeps the one that it resumed from,
+which cannot be seen here); with `--tree` by lineage: each checkpoint below the one
+that its run went on from.
+
 JSON: {"url", "checkpoints": [...]}, oldest step first, each with
 "step" (null: unknown), "path", "state" ("committed", "partial", "damaged" or "newer format"), "problem" (of a damaged
 or newer one, else null), "bytes" (of the data files; of all files if it is not committed), "modified" (the newest
-file's time, null: unknown), "pinned"; and, null unless it is committed, "created", "world_size", "layout",
-"metrics", "run", "attempt".
+file's time, null: unknown), "pinned"; null unless it is committed, "created", "world_size", "layout",
+"metrics", "run", "attempt" and "parent" ({"step", "attempt"}, null: none); and "retention" ({"action": "keep" or
+"delete", "reasons"}; null without --keep).
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
 
 from distckpt import inventory, names
 from distckpt.cli import terminal
+from distckpt.cli.lineage import lines_of
 from distckpt.cli.options import AsJson, StorageOptions, Url, open_url
+from distckpt.cli.prune import Item, make_plan
 from distckpt.inventory import Found
+from distckpt.retention import Retention
 
 _STYLES = {"committed": "green", "partial": "yellow", "damaged": "bold red", "newer format": "red"}
 
+Keep = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Say what a retention that keeps the newest N would do with each.", show_default=False
+    ),
+]
+Tree = Annotated[bool, typer.Option("--tree", help="By lineage: each below the one that its run went on from.")]
 
-def ls(url: Url, *, as_json: AsJson = False, storage_options: StorageOptions = None) -> None:
+
+def ls(
+    url: Url,
+    *,
+    keep: Keep = None,
+    tree: Tree = False,
+    as_json: AsJson = False,
+    storage_options: StorageOptions = None,
+) -> None:
     """List the checkpoints of a run: one line each, also for partial and damaged ones."""
     storage = open_url(url, storage_options)
-    found = inventory.take(storage)
+    found = inventory.take(storage, brief=True)
+    retention = None if keep is None else Retention(last=keep)
+    plan = [None for _ in found] if retention is None else _plan(found, retention)
     if as_json:
-        terminal.print_json({"url": storage.url, "checkpoints": [_facts(storage.url, one) for one in found]})
+        listed = [_facts(storage.url, one, item) for one, item in zip(found, plan, strict=True)]
+        terminal.print_json({"url": storage.url, "checkpoints": listed})
         return
-    _print_table(found)
+    _print_table(found, plan, tree=tree)
     _print_summary(url, found)
 
 
-def _facts(url: str, found: Found) -> dict[str, Any]:
+def _plan(found: list[Found], retention: Retention) -> list[Item | None]:
+    return [*make_plan(found, retention, partial=False, now=time.time())]
+
+
+def _facts(url: str, found: Found, item: Item | None) -> dict[str, Any]:
     checkpoint = found.checkpoint
     return {
         "step": found.step,
@@ -47,32 +81,50 @@ def _facts(url: str, found: Found) -> dict[str, Any]:
         "metrics": checkpoint and checkpoint.metrics,
         "run": checkpoint and checkpoint.run,
         "attempt": checkpoint and checkpoint.attempt,
+        "parent": checkpoint and checkpoint.parent,
+        "retention": item and {"action": "delete" if item.goes else "keep", "reasons": list(item.reasons)},
     }
 
 
-def _print_table(found: list[Found]) -> None:
+def _print_table(found: list[Found], plan: Sequence[Item | None], *, tree: bool) -> None:
     from rich.text import Text
 
     columns = ["step", "state", "created", "size", "ranks", "layout", "metrics"]
-    table = terminal.make_table(columns, right=["step", "created", "size", "ranks"])
+    has_plan = any(item is not None for item in plan)
+    if has_plan:
+        columns.insert(2, "retention")
+    right = ["created", "size", "ranks"] if tree else ["step", "created", "size", "ranks"]
+    table = terminal.make_table(columns, right=right)
     for column in table.columns[:-1]:
         column.no_wrap = True
-    for one in found:
+    for index, guide, note in lines_of(found) if tree else [(index, "", "") for index in range(len(found))]:
+        one, item = found[index], plan[index]
         state = Text(one.state, _STYLES[one.state])
         if one.pinned:
             state.append(", pinned", "cyan")
         facts = one.checkpoint
-        table.add_row(
-            "?" if one.step is None else f"{one.step:,}",
+        cells: list[Any] = [
+            guide + ("?" if one.step is None else f"{one.step:,}") + note,
             state,
             terminal.date_text(facts.created if facts else one.modified),
             terminal.size_text(one.num_bytes),
             f"{facts.world_size}" if facts else "",
             facts.layout if facts else "",
             terminal.metrics_text(facts.metrics) if facts else "",
-            style="" if facts else "dim",
-        )
+        ]
+        if has_plan:
+            cells.insert(2, _retention_text(item))
+        table.add_row(*cells, style="" if facts else "dim")
     terminal.output().print(table)
+
+
+def _retention_text(item: Item | None) -> Any:
+    from rich.text import Text
+
+    if item is None:
+        return ""
+    verdict = Text("delete", "bold red") if item.goes else Text("keep", "green")
+    return verdict.append(f": {'; '.join(item.reasons)}", "dim")
 
 
 def _print_summary(url: str, found: list[Found]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 import typer
@@ -10,8 +11,25 @@ import typer
 from distckpt.errors import ConfigError
 from distckpt.storage import Storage, open_storage
 
+_SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?) ?(?P<unit>[kKMGT]i?)?B?")
+_UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
-def _parse_options(text: str) -> dict[str, Any]:
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a size means: "500", "64MiB", "5GB", "1.5 TB"."""
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None:
+        raise typer.BadParameter("no size, such as 64MiB, 5GB or 1500000")
+    unit = match["unit"] or ""
+    factor = (1024 if unit.endswith("i") else 1000) ** _UNITS[unit[0].lower()] if unit else 1
+    size = int(float(match["number"]) * factor)
+    if size < 1:
+        raise typer.BadParameter("a size is at least 1 byte")
+    return size
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Return the storage options that a text of JSON states."""
     try:
         options = json.loads(text)
     except ValueError as error:
@@ -33,7 +51,7 @@ StorageOptions = Annotated[
     dict[str, Any] | None,
     typer.Option(
         metavar="JSON",
-        parser=_parse_options,
+        parser=parse_options,
         help="What fsspec's file system of the URL takes; others can read it in the list of processes.",
         show_default=False,
     ),

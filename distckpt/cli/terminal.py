@@ -9,11 +9,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from distckpt.storage import CountingStorage, Storage
+from distckpt.storage import Buffer, CountingStorage, Storage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _UNBOUNDED = 10_000  # columns; what reads a pipe has no edge to wrap at
+_VISIBLE = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), *range(127, 160))}  # all but newlines
+_MOST_METRICS = 50  # on one line
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _AGES = ((60, "s", 1), (3600, "min", 60), (86_400, "h", 3600), (math.inf, "d", 86_400))
 
 
 def output() -> Console:
     """Return the console for data."""
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _UNBOUNDED)
+    return _console(width=None if sys.stdout.isatty() else _UNBOUNDED)
 
 
 def say(text: str) -> None:
@@ -45,9 +45,20 @@ def complain(text: str) -> None:
 
 
 def _talk() -> Console:
-    from rich.console import Console
+    return _console(stderr=True)
 
-    return Console(stderr=True, highlight=False, markup=False)
+
+def _console(**options: Any) -> Console:
+    """Return a console that shows control characters instead of sending them: names come from checkpoints."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class VisibleConsole(Console):
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **kwargs):
+                yield segment if segment.control else Segment(segment.text.translate(_VISIBLE), segment.style)
+
+    return VisibleConsole(highlight=False, markup=False, **options)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -76,18 +87,68 @@ def make_table(columns: Sequence[str], *, right: Sequence[str] = ()) -> Table:
     return table
 
 
-class _WatchedStorage(CountingStorage):
+class _ReadsWatched(CountingStorage):
     """A storage that says how much is read from it."""
 
-    def __init__(self, inner: Storage, progress: Progress, task: TaskID) -> None:
+    def __init__(self, inner: Storage, advance: Callable[[int], object]) -> None:
         super().__init__(inner)
-        self._progress = progress
-        self._task = task
+        self._advance = advance
 
     def read(self, name: str, offset: int, into: memoryview) -> None:
         """Read from the inner storage."""
         super().read(name, offset, into)
-        self._progress.advance(self._task, into.nbytes)
+        self._advance(into.nbytes)
+
+
+class _WritesWatched(CountingStorage):
+    """A storage that says how much is written to it."""
+
+    def __init__(self, inner: Storage, advance: Callable[[int], object]) -> None:
+        super().__init__(inner)
+        self._advance = advance
+
+    def put(self, name: str, chunks: Iterable[Buffer], *, num_bytes: int | None = None) -> int:
+        """Write through to the inner storage."""
+
+        def told() -> Iterator[Buffer]:
+            for chunk in chunks:
+                yield chunk
+                self._advance(memoryview(chunk).nbytes)
+
+        return super().put(name, told(), num_bytes=num_bytes)
+
+
+class Meter:
+    """Is told of bytes that are done, from any thread, and shows them if there is somebody to see it."""
+
+    def __init__(self, progress: Progress | None = None, task: TaskID | None = None) -> None:
+        self._progress = progress
+        self._task = task
+
+    def __call__(self, num_bytes: int) -> None:
+        """Count bytes that are done."""
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task, num_bytes)
+
+    def expect(self, total_bytes: int) -> None:
+        """Say how many there will be."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, total=total_bytes)
+
+
+@contextmanager
+def moving(what: str, *, total_bytes: int | None = None) -> Iterator[Meter]:
+    """Show on a terminal how many bytes are done, the rate and the time left, until the block ends."""
+    if not sys.stderr.isatty():
+        yield Meter()
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    # What is printed meanwhile must not be drawn over; but in a pipe it is data, which is not for stderr.
+    on_screen = sys.stdout.isatty()
+    with Progress(*columns, console=_talk(), transient=True, redirect_stdout=on_screen) as progress:
+        yield Meter(progress, progress.add_task(what, total=total_bytes))
 
 
 @contextmanager
@@ -96,14 +157,23 @@ def watched(what: str, storages: Sequence[Storage], *, total_bytes: int) -> Iter
     if not sys.stderr.isatty():
         yield list(storages)
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    with moving(what, total_bytes=total_bytes) as advance:
+        yield [_ReadsWatched(storage, advance) for storage in storages]
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    # What is printed meanwhile must not be drawn over; but in a pipe it is data, which is not for stderr.
-    on_screen = sys.stdout.isatty()
-    with Progress(*columns, console=_talk(), transient=True, redirect_stdout=on_screen) as progress:
-        task = progress.add_task(what, total=total_bytes)
-        yield [_WatchedStorage(storage, progress, task) for storage in storages]
+
+@contextmanager
+def watched_writes(what: str, storage: Storage, *, total_bytes: int) -> Iterator[Storage]:
+    """Show on a terminal how much of the storage that it gives back was written, until the block ends."""
+    if not sys.stderr.isatty():
+        yield storage
+        return
+    with moving(what, total_bytes=total_bytes) as advance:
+        yield _WritesWatched(storage, advance)
+
+
+def rate_text(num_bytes: float, seconds: float) -> str:
+    """Return an amount, how long it took, and the rate: "268 MB in 0.5 s, 530 MB/s"."""
+    return f"{size_text(num_bytes)} in {seconds:.3g} s, {size_text(num_bytes / max(seconds, 1e-9))}/s"
 
 
 def size_text(num_bytes: float) -> str:
@@ -144,7 +214,8 @@ def count_text(number: int, noun: str) -> str:
 
 def metrics_text(metrics: dict[str, float]) -> str:
     """Return metrics on one line: "val/loss 0.0021  val/top1 0.97"."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
+    shown = [f"{name} {value:.4g}" for name, value in sorted(metrics.items())[:_MOST_METRICS]]
+    return "  ".join(shown + ([f"and {len(metrics) - len(shown):,} more"] if len(shown) < len(metrics) else []))
 
 
 def flattened(settings: Any, name: str, *, text: Callable[[Any], str] | None = None) -> Iterator[tuple[str, str]]:

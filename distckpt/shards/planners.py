@@ -94,7 +94,23 @@ def own_share(
     owners: Mapping[str, int] | None = None,
     private: Collection[str] = (),
 ) -> list[tuple[Block, torch.Tensor]]:
-    """Return the blocks that this rank writes, in the order of its file, and the data of each as a view.
+    """Return the blocks that `own_blocks` does, and the data of each as a view.
+
+    Ranks: any.
+    """
+    blocks = own_blocks(tensors, rank=rank, num_writers=num_writers, owners=owners, private=private)
+    return [(block, cut(tensors[block.name], block)) for block in blocks]
+
+
+def own_blocks(
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    rank: int,
+    num_writers: int,
+    owners: Mapping[str, int] | None = None,
+    private: Collection[str] = (),
+) -> list[Block]:
+    """Return the blocks that this rank writes, in the order of its file.
 
     Args:
         tensors: All tensors of the state, by name.
@@ -118,7 +134,7 @@ def own_share(
     blocks = split(items, num_writers)[rank] if rank < num_writers else []
     for name in sorted(tensors.keys() - common.keys()):
         blocks.extend(_own_block(name, tensors[name]))
-    return [(block, _cut(tensors[block.name], block)) for block in in_file_order(blocks)]
+    return in_file_order(blocks)
 
 
 def _own_block(name: str, tensor: torch.Tensor) -> list[Block]:
@@ -143,8 +159,11 @@ def _write_item(block: Block) -> WriteItem:
     )
 
 
-def _cut(tensor: torch.Tensor, block: Block) -> torch.Tensor:
-    """Return the part of this rank's data that `block` names, as a view."""
+def cut(tensor: torch.Tensor, block: Block) -> torch.Tensor:
+    """Return the part of this rank's data that `block` names, as a view.
+
+    Ranks: any.
+    """
     part = local(tensor)
     if block.shape == tuple(part.shape):
         return part

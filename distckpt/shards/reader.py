@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from distckpt import catalog
+from distckpt import catalog, names
+from distckpt.datafiles import Reader
 from distckpt.manifest import Manifest, TensorEntry
 from distckpt.shards.boxes import read_boxes
 from distckpt.storage import Storage, open_storage
@@ -39,7 +40,9 @@ def _read_plan(storage: Storage, folder: str, manifest: Manifest, plan: LoadPlan
         name = item.storage_index.fqn
         start = tuple(map(add, item.storage_index.offset or (), item.storage_offsets))
         boxes.append((aliases.get(name, name), Box(start=start, shape=tuple(item.lengths))))
-    for item, tensor in zip(items, read_boxes(storage, folder, manifest, boxes), strict=True):
+    path = names.join(storage.url, folder)
+    reader = Reader(storage, folder, manifest.files, path=path, step=manifest.step)
+    for item, tensor in zip(items, read_boxes(reader, manifest, boxes), strict=True):
         target = planner.resolve_tensor(item).detach()
         target.copy_(tensor)
         planner.commit_tensor(item, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import platform
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from distckpt import names
+from distckpt.datafiles import segment_sizes
 from distckpt.errors import CheckpointExistsError, DistckptError, RankFailedError
 from distckpt.manifest import (
     Chunk,
@@ -22,9 +24,10 @@ from distckpt.manifest import (
     ObjectEntry,
     Segment,
     TensorEntry,
-    check,
+    check_tensors,
     parse,
     serialize,
+    tensors_text,
 )
 from distckpt.plan import Block
 from distckpt.storage import Storage
@@ -47,41 +50,39 @@ class RankShare:
     offsets: tuple[int, ...]
 
     def to_json(self) -> Json:
-        """Return the share as JSON, for rank 0.
+        """Return the share as JSON, for rank 0: all but its blocks, which `fileplan.to_json` describes.
 
         Ranks: any.
         """
         if self.file is None:
             return None
-        segments = [[segment.num_bytes, segment.digest] for segment in self.file.segments]
-        return {
-            "file": [self.file.name, self.file.rank, self.file.num_bytes, segments],
-            "blocks": [
-                [block.name, block.dtype, block.whole, block.start, block.shape, offset]
-                for block, offset in zip(self.blocks, self.offsets, strict=True)
-            ],
-        }
+        file = self.file
+        digests = "".join(segment.digest for segment in file.segments)
+        return [file.num_bytes, file.segments[0].num_bytes, digests]
 
     @classmethod
-    def from_json(cls, body: Json) -> RankShare:
-        """Return the share that `to_json` described.
+    def from_json(cls, body: Json, blocks: Json, *, rank: int, attempt: str) -> RankShare:
+        """Return the share that `to_json` and `fileplan.to_json` described.
+
+        Args:
+            body: What `to_json` returned.
+            blocks: What `fileplan.from_json` returned.
+            rank: The rank that wrote it.
+            attempt: The save's name.
 
         Ranks: any.
         """
         if body is None:
             return cls(file=None, blocks=(), offsets=())
-        name, rank, num_bytes, segments = body["file"]
-        file = DataFile(
-            name=name,
-            rank=rank,
-            num_bytes=num_bytes,
-            segments=tuple(Segment(num_bytes=size, digest=hexadecimal) for size, hexadecimal in segments),
+        num_bytes, header_bytes, digests = body
+        segments = tuple(
+            Segment(num_bytes=size, digest=digests[32 * index : 32 * (index + 1)])
+            for index, size in enumerate(segment_sizes(header_bytes, num_bytes))
         )
-        blocks = tuple(
-            Block(name=name, dtype=dtype, whole=tuple(whole), start=tuple(start), shape=tuple(shape))
-            for name, dtype, whole, start, shape, _ in body["blocks"]
-        )
-        return cls(file=file, blocks=blocks, offsets=tuple(block[-1] for block in body["blocks"]))
+        of_file, offsets = blocks
+        name = names.rank_file(attempt, rank)
+        file = DataFile(name=name, rank=rank, num_bytes=num_bytes, segments=segments)
+        return cls(file=file, blocks=of_file, offsets=offsets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,24 +101,66 @@ class Header:
     config: dict[str, Json] | None = None
 
 
-def assemble(header: Header, shares: Sequence[RankShare]) -> Manifest:
+@dataclass(slots=True)
+class Draft:
+    """What rank 0 keeps of a manifest for the next one, which mostly has the same tensors in the same places.
+
+    Attributes:
+        tensors: The tensors' entries, checked.
+        text: The JSON of them.
+    """
+
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
+    text: str = ""
+    _made_of: list[tuple[Block, ...]] = field(default_factory=list)
+
+    def take(self, shares: Sequence[RankShare]) -> None:
+        """Take in what the ranks wrote; nothing is to be done if they wrote the same blocks as before.
+
+        Raises:
+            ValueError: The shares together do not cover a tensor exactly once.
+
+        Ranks: rank 0.
+        """
+        written = [share for share in shares if share.file is not None]
+        made_of = [share.blocks for share in written]
+        if self.text and len(made_of) == len(self._made_of) and all(map(operator.is_, made_of, self._made_of)):
+            return
+        self.text = ""
+        found: dict[str, tuple[Block, list[Chunk]]] = {}
+        for index, share in enumerate(written):
+            for block, offset in zip(share.blocks, share.offsets, strict=True):
+                _, chunks = found.setdefault(block.name, (block, []))
+                chunks.append(Chunk(index, offset, block.start, block.shape))
+        tensors = {
+            name: TensorEntry(block.dtype, block.whole, tuple(sorted(chunks, key=_place)))
+            for name, (block, chunks) in found.items()
+        }
+        check_tensors(tensors, [share.file.num_bytes for share in written if share.file is not None])
+        self.tensors, self.text, self._made_of = tensors, tensors_text(tensors), made_of
+
+
+def assemble(header: Header, shares: Sequence[RankShare], draft: Draft | None = None) -> Manifest:
     """Return the manifest of what all ranks wrote.
+
+    Args:
+        header: What it says beyond files and tensors.
+        shares: What each rank wrote.
+        draft: What is kept from the manifest before.
 
     Raises:
         RankFailedError: The shares together do not cover a tensor exactly once; nothing may be committed.
 
     Ranks: rank 0.
     """
-    files: list[DataFile] = []
-    tensors: dict[str, tuple[Block, list[Chunk]]] = {}
-    for share in shares:
-        if share.file is None:
-            continue
-        for block, offset in zip(share.blocks, share.offsets, strict=True):
-            _, chunks = tensors.setdefault(block.name, (block, []))
-            chunks.append(Chunk(file=len(files), offset=offset, start=block.start, shape=block.shape))
-        files.append(share.file)
-    manifest = Manifest(
+    draft = Draft() if draft is None else draft
+    try:
+        draft.take(shares)
+    except ValueError as error:
+        raise RankFailedError(
+            action=f"save of step {header.step}", rank=0, host=socket.gethostname(), cause=str(error)
+        ) from error
+    return Manifest(
         step=header.step,
         run=header.run,
         attempt=header.attempt,
@@ -125,11 +168,8 @@ def assemble(header: Header, shares: Sequence[RankShare]) -> Manifest:
         world_size=header.world_size,
         created=time.time(),
         writer={"host": socket.gethostname(), "pid": os.getpid()},
-        files=tuple(files),
-        tensors={
-            name: TensorEntry(dtype=block.dtype, shape=block.whole, chunks=tuple(sorted(chunks, key=_place)))
-            for name, (block, chunks) in tensors.items()
-        },
+        files=tuple(share.file for share in shares if share.file is not None),
+        tensors=draft.tensors,
         objects=dict(header.objects),
         metrics=dict(header.metrics),
         versions=versions(),
@@ -137,13 +177,6 @@ def assemble(header: Header, shares: Sequence[RankShare]) -> Manifest:
         parent=header.parent,
         config=header.config,
     )
-    try:
-        check(manifest)
-    except ValueError as error:
-        raise RankFailedError(
-            action=f"save of step {header.step}", rank=0, host=socket.gethostname(), cause=str(error)
-        ) from error
-    return manifest
 
 
 def _place(chunk: Chunk) -> tuple[int, ...]:
@@ -158,8 +191,14 @@ def versions() -> dict[str, str]:
     return {"distckpt": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
 
 
-def publish(storage: Storage, folder: str, manifest: Manifest) -> int:
+def publish(storage: Storage, folder: str, manifest: Manifest, *, texts: Mapping[str, str] | None = None) -> int:
     """Commit: publish the manifest, and return its size in bytes; from here on the checkpoint exists.
+
+    Args:
+        storage: The storage.
+        folder: The checkpoint's folder in it.
+        manifest: The manifest.
+        texts: Parts of it as JSON, as far as they are known; see `manifest.serialize`.
 
     Raises:
         CheckpointExistsError: Another attempt has committed this step.
@@ -168,7 +207,7 @@ def publish(storage: Storage, folder: str, manifest: Manifest) -> int:
     Ranks: rank 0, once every rank's share is durable.
     """
     name = names.join(folder, names.MANIFEST)
-    data = serialize(manifest)
+    data = serialize(manifest, texts=texts)
     try:
         storage.publish(name, data)
     except FileExistsError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,43 +16,37 @@ from torch.futures import Future
 
 from distckpt import datafiles, names
 from distckpt.errors import UnsupportedStateError, UsageError
-from distckpt.garbage import kept_off
 from distckpt.manifest import ObjectEntry
 from distckpt.plan import Block, in_file_order
-from distckpt.safetensors import Piece
 from distckpt.shards.share import Header, RankShare, assemble, publish
-from distckpt.staging import Staging
+from distckpt.staging import Staged, stage_once
 from distckpt.storage import Storage, open_storage
 from distckpt.tensors import DTYPE_NAMES
 from distckpt.values import Json, encode
 
 
-def write_share(
-    storage: Storage, folder: str, attempt: str, *, rank: int, blocks: Sequence[Block], payload: memoryview
-) -> RankShare:
-    """Write a rank's blocks to its data file, and return what was written; durable when this returns.
+def write_share(storage: Storage, folder: str, attempt: str, *, rank: int, staged: Staged | None) -> RankShare:
+    """Write a rank's share to its data file, and return what was written; durable when this returns.
 
     Args:
         storage: The storage.
         folder: The checkpoint's folder in it.
         attempt: The save's name.
         rank: This rank.
-        blocks: What to write, in the order of `plan.in_file_order`.
-        payload: The bytes of all blocks, one after another.
+        staged: What to write; None if this rank writes nothing.
 
     Raises:
         StorageError: It could not be written; the file is not there.
 
     Ranks: any.
     """
-    if not blocks:
+    if staged is None:
         return RankShare(file=None, blocks=(), offsets=())
-    with kept_off():
-        pieces = [Piece(name=block.stored_name, dtype=block.dtype, shape=block.shape) for block in blocks]
+    plan = staged.plan
     name = names.rank_file(attempt, rank)
-    file, offsets = datafiles.write(storage, folder, name, rank=rank, pieces=pieces, payload=payload)
+    file = datafiles.write(storage, folder, name, rank=rank, parts=staged.parts(), num_bytes=plan.num_bytes)
     storage.sync([names.join(folder, name)])
-    return RankShare(file=file, blocks=tuple(blocks), offsets=tuple(offsets))
+    return RankShare(file=file, blocks=plan.blocks, offsets=plan.offsets)
 
 
 def _planned(plan: SavePlan, planner: SavePlanner) -> list[tuple[Block, torch.Tensor]]:
@@ -140,9 +134,8 @@ class ShardWriter(StorageWriter):
         """
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         planned = _planned(plan, planner)
-        payload = Staging().stage([data for _, data in planned])
-        blocks = [block for block, _ in planned]
-        share = write_share(self.storage, "", plan.storage_data, rank=rank, blocks=blocks, payload=payload)
+        staged = stage_once(planned) if planned else None
+        share = write_share(self.storage, "", plan.storage_data, rank=rank, staged=staged)
         values = {
             item.index.fqn: encode(_value(item, planner), item.index.fqn, lambda _key, _value: None)
             for item in plan.items

@@ -1,6 +1,6 @@
 """Where checkpoints lie: local files, and object stores through fsspec."""
 
-from distckpt.storage.contract import Buffer, Capabilities, FileInfo, Storage
+from distckpt.storage.contract import Buffer, Capabilities, FileInfo, Readable, Storage, read_scattered
 from distckpt.storage.local import LocalStorage
 from distckpt.storage.objects import ObjectStorage
 from distckpt.storage.opening import open_storage
@@ -13,7 +13,9 @@ __all__ = [
     "FileInfo",
     "LocalStorage",
     "ObjectStorage",
+    "Readable",
     "Storage",
     "VerbCount",
     "open_storage",
+    "read_scattered",
 ]

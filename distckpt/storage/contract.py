@@ -8,9 +8,9 @@ What wraps a storage (retry, counting, fault injection) is a storage too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from distckpt.names import checked
 
@@ -40,11 +40,30 @@ class Capabilities:
         exclusive_publish: `publish` refuses an existing name even when two writers race.
         survives_power_loss: What `put`, `sync` and `publish` have acknowledged is on stable media or the server's care.
         shared: Other hosts see the same files; None if that depends on what is mounted.
+        rereads_are_cheap: Bytes that this host has just read come from its memory when they are read again.
+        read_bytes: A good size of one `read`, in bytes.
+        num_readers: How many `read`s are best under way at once.
     """
 
     exclusive_publish: bool
     survives_power_loss: bool
     shared: bool | None
+    rereads_are_cheap: bool = False
+    read_bytes: int = 4 << 20
+    num_readers: int = 4
+
+
+class Readable(Protocol):
+    """What bytes of files can be read from."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it promises."""
+        ...
+
+    def read(self, name: str, offset: int, into: memoryview) -> None:
+        """Fill `into` from the file's byte `offset` on, as `Storage.read` does."""
+        ...
 
 
 class Storage(Protocol):
@@ -139,6 +158,34 @@ class Storage(Protocol):
             StorageError: A file could not be deleted; those before it are gone.
         """
         ...
+
+
+@runtime_checkable
+class ScatteringStorage(Protocol):
+    """A storage that can fill several buffers at once."""
+
+    def read_scattered(self, name: str, offset: int, into: Sequence[memoryview]) -> None:
+        """Fill the buffers of `into`, one after another, from the file's byte `offset` on; raises as `read` does."""
+        ...
+
+
+def read_scattered(storage: Readable, name: str, offset: int, into: Sequence[memoryview]) -> None:
+    """Fill several buffers, one after another, from a file's byte `offset` on, by whatever the storage can do.
+
+    Raises:
+        As `Storage.read` does.
+    """
+    if len(into) == 1:
+        storage.read(name, offset, into[0])
+    elif isinstance(storage, ScatteringStorage):
+        storage.read_scattered(name, offset, into)
+    else:
+        whole = memoryview(bytearray(sum(view.nbytes for view in into)))
+        storage.read(name, offset, whole)
+        begin = 0
+        for view in into:
+            view.cast("B")[:] = whole[begin : begin + view.nbytes]
+            begin += view.nbytes
 
 
 def is_plain(name: str) -> bool:

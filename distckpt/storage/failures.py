@@ -98,31 +98,54 @@ def _free_bytes(path: str) -> tuple[Path, int]:
 
 
 def remote_error(
-    error: BaseException, *, action: str, path: str, secrets: frozenset[str] = frozenset()
+    error: BaseException,
+    *,
+    action: str,
+    path: str,
+    secrets: frozenset[str] = frozenset(),
+    is_final: bool = False,
 ) -> StorageError:
-    """Return the `StorageError` for a call to a server that failed; `secrets` are blotted out of its text."""
+    """Return the `StorageError` for a call to a server that failed.
+
+    Args:
+        error: What the client raised.
+        action: What was tried, as a verb.
+        path: On what.
+        secrets: Texts that are blotted out.
+        is_final: Whether to say that trying again would not help.
+    """
     if isinstance(error, StorageError):
         return error
     code = server_code(error)
-    names = {type(link).__name__ for link in _chain(error)}
+    names = {type(link).__name__ for link in chain(error)}
     fix = _remote_fix(error, code, names, action=action, path=path)
-    cause = redacted(_words(error, code), secrets)
+    cause = redacted(_words(error, code), secrets) + (", which no retry mends" if is_final else "")
     number = _number(error, code)
     return StorageError(path=path, action=action, cause=cause, errno=number, fix=fix)
 
 
 def server_code(error: BaseException) -> str | None:
     """Return the server's own error code, such as "NoSuchBucket" or "412"; None if no server answered."""
-    for link in _chain(error):
+    for link in chain(error):
         response = getattr(link, "response", None)
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code", "")) or None
     return None
 
 
+def server_status(error: BaseException) -> int | None:
+    """Return the HTTP status that a server answered with, such as 503; None if no server answered."""
+    for link in chain(error):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status if isinstance(status, int) else None
+    return None
+
+
 def is_unreachable(error: BaseException) -> bool:
     """Say whether the server was not reached at all, or did not answer."""
-    return server_code(error) is None and any(type(link).__name__ in _UNREACHABLE for link in _chain(error))
+    return server_code(error) is None and any(type(link).__name__ in _UNREACHABLE for link in chain(error))
 
 
 def redacted(text: str, secrets: frozenset[str] = frozenset()) -> str:
@@ -132,7 +155,8 @@ def redacted(text: str, secrets: frozenset[str] = frozenset()) -> str:
     return _URL_LOGIN.sub("://", text)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it came from, one after another."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:

@@ -12,12 +12,14 @@ import logging
 import os
 import secrets
 import stat
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distckpt.errors import StorageError
 from distckpt.names import checked, join, parse_step
+from distckpt.storage import direct
 from distckpt.storage.contract import Buffer, Capabilities, FileInfo, is_plain
 from distckpt.storage.exclusive import name_exclusively
 from distckpt.storage.failures import local_error, telling
@@ -27,6 +29,7 @@ _INNER_FOLDER = _FOLDER | os.O_NOFOLLOW
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OLD_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a pipe must not hang us
 _CREATE_TRIES = 100  # how often a folder may vanish between making it and using it
+_MOST_BUFFERS = 1024  # that one system call takes
 _NO_RESERVING = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}  # the file system has no such thing
 
@@ -43,6 +46,7 @@ class LocalStorage:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).absolute()
         self._is_exclusive = True
+        self._goes_direct: bool | None = None  # not probed yet
         # Above the root, too, folders that were made are only durable once their parents are synced. The two counts
         # differ while that is due; in this order of counting and syncing no lock is needed.
         self._num_roots_made = 1
@@ -59,12 +63,17 @@ class LocalStorage:
     @property
     def capabilities(self) -> Capabilities:
         """What a file system promises; `exclusive_publish` turns false if this one is met without such a call."""
-        return Capabilities(exclusive_publish=self._is_exclusive, survives_power_loss=True, shared=None)
+        return Capabilities(
+            exclusive_publish=self._is_exclusive, survives_power_loss=True, shared=None, rereads_are_cheap=True
+        )
 
     def put(self, name: str, chunks: Iterable[Buffer], *, num_bytes: int | None = None) -> int:
         """Write a data file from `chunks`, as `Storage.put` says; they go to the system uncopied.
 
-        Source: with its room reserved, a file of 300 MB was durable in half the time (0.08 s instead of 0.19).
+        A large file goes past the page cache, if a probe has shown that this is no slower here.
+
+        Source: with its room reserved, a file of 300 MB was durable in half the time (0.08 s instead of 0.19);
+        past the page cache in 0.38 s instead of 0.46 on a slower disk.
         """
         with telling("write", self._path(name)):
             fd = self._create(name)
@@ -120,6 +129,22 @@ class LocalStorage:
                 if count == 0:
                     raise EOFError(f"{path!r} ends at byte {offset + num_read}, {offset + len(into)} are needed")
                 num_read += count
+
+    def read_scattered(self, name: str, offset: int, into: Sequence[memoryview]) -> None:
+        """Fill several buffers, one after another, as `ScatteringStorage` says, with few system calls."""
+        path = self._path(name)
+        left = deque(view.cast("B") for view in into if view.nbytes)
+        with self._opened(name) as fd:
+            while left:
+                with telling("read", path):
+                    count = os.preadv(fd, list(itertools.islice(left, _MOST_BUFFERS)), offset)
+                if count == 0:
+                    raise EOFError(f"{path!r} ends at byte {offset}, more are needed")
+                offset += count
+                while left and count >= len(left[0]):
+                    count -= len(left.popleft())
+                if count:
+                    left[0] = left[0][count:]
 
     def read_all(self, name: str, *, limit_bytes: int) -> bytes:
         """Return a small file whole, as `Storage.read_all` says."""
@@ -203,7 +228,7 @@ class LocalStorage:
             try:
                 if num_bytes:
                     _reserve(fd, num_bytes, path)
-                num_written = _write_all(fd, chunks, path)
+                num_written = self._write(fd, chunks, path, num_bytes=num_bytes)
                 assert num_bytes in (None, num_written), f"{path}: {num_written} bytes of {num_bytes}"
                 with telling("sync", path):
                     os.fsync(fd)
@@ -214,6 +239,33 @@ class LocalStorage:
             self._discard(name)
             raise
         return num_written
+
+    def _write(self, fd: int, chunks: Iterable[Buffer], path: str, *, num_bytes: int | None) -> int:
+        """Write chunks in the way that suits the file's size and the disk; return their size."""
+        if not self._writes_directly(num_bytes or 0):
+            return _write_all(fd, chunks, path)
+        num_written = 0
+        try:
+            for num_written in direct.write(fd, chunks):  # noqa: B007  the last one counts
+                pass
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise local_error(error, action="write", path=path, num_written=num_written) from error
+        return num_written
+
+    def _writes_directly(self, num_bytes: int) -> bool:
+        """Say whether a file of this size goes past the page cache; the first time, try it out."""
+        if num_bytes < direct.LEAST_BYTES:
+            return False
+        if self._goes_direct is None:
+            root_fd = self._open_root(create=True)
+            try:
+                self._goes_direct = direct.is_worth_it(root_fd)
+            finally:
+                os.close(root_fd)
+            logger.debug("%s: writes go %s the page cache", self.root, "past" if self._goes_direct else "through")
+        return self._goes_direct
 
     def _discard(self, name: str) -> None:
         """Remove a file that this storage has written; it may be gone, or out of reach."""

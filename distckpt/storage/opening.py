@@ -23,13 +23,9 @@ _SQUASHED_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>[^/].
 _LOCAL = {"file", "local"}
 _S3 = {"s3", "s3a"}
 
-# Seconds and tries that let a busy server recover, and make one that is not there an error within half a minute:
-# 4 tries of 5 s to connect, and pauses of 1, 2 and 4 s at most.
-_S3_CONFIG: dict[str, Any] = {
-    "connect_timeout": 5,
-    "read_timeout": 30,
-    "retries": {"mode": "standard", "total_max_attempts": 4},
-}
+# Seconds that let a slow server answer, and make one that is not there an error soon. How often a request is tried
+# is said by `retries.Patience`, or by the user in botocore's own words: config_kwargs={"retries": ...}.
+_S3_CONFIG: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 30}
 # What distckpt writes has digests of its own; botocore's newer default checksums are refused by older servers.
 _S3_CHECKSUMS = {
     "request_checksum_calculation": "AWS_REQUEST_CHECKSUM_CALCULATION",
@@ -44,6 +40,8 @@ def open_storage(directory: str | os.PathLike[str], *, storage_options: Mapping[
         directory: A local path ("~" is the home folder), a `file://` URL, or any URL that fsspec knows.
         storage_options: What fsspec's filesystem of that URL takes: for S3 `key`, `secret`, `endpoint_url`,
             `profile`, `client_kwargs`, ... Without them, AWS's own variables and files count, `AWS_ENDPOINT_URL` too.
+            For S3 also `engine`, what uploads: "s3fs" or "obstore"; without it, obstore where it is installed and
+            can be given the same settings.
 
     Raises:
         ConfigError: The URL has no known scheme or is no directory's, or options are given for a local path.
@@ -86,7 +84,7 @@ def _refuse_broken_url(text: str) -> None:
 
 
 def _open_remote(scheme: str, rest: str, options: dict[str, Any]) -> ObjectStorage:
-    shown = redacted(f"{scheme}://{rest}").rstrip("/")
+    shown, engine = redacted(f"{scheme}://{rest}").rstrip("/"), None
     filesystem_class = _filesystem_class(scheme, shown)
     if scheme in _S3:
         if "@" in rest.split("/", 1)[0]:
@@ -95,6 +93,7 @@ def _open_remote(scheme: str, rest: str, options: dict[str, Any]) -> ObjectStora
                 problem=f"{shown!r} was given with a login, which S3 URLs do not have",
                 fix=CREDENTIALS_FIX,
             )
+        engine = _engine(options)
         options = _s3_options(options)
     root = filesystem_class._strip_protocol(f"{scheme}://{rest}")
     if not root.strip("/"):
@@ -111,7 +110,7 @@ def _open_remote(scheme: str, rest: str, options: dict[str, Any]) -> ObjectStora
         ) from error
     except Exception as error:  # most connect at their first use, a few at once
         raise remote_error(error, action="open", path=shown) from error
-    return ObjectStorage(fs, root, shown)
+    return ObjectStorage(fs, root, shown, engine=engine)
 
 
 def _filesystem_class(scheme: str, shown: str) -> Any:
@@ -129,6 +128,18 @@ def _filesystem_class(scheme: str, shown: str) -> Any:
         cause = error.__cause__
         missing = cause.name if isinstance(cause, ImportError) and cause.name else error.name or scheme
         raise DependencyError(package=missing.partition(".")[0], purpose=f"the directory {shown!r}") from error
+
+
+def _engine(options: dict[str, Any]) -> str | None:
+    """Take the option that is distckpt's own out of the user's: which client uploads."""
+    engine: str | None = options.pop("engine", None)
+    if engine not in (None, "s3fs", "obstore"):
+        raise ConfigError(
+            source="storage_options",
+            problem=f"engine {engine!r} is unknown",
+            fix="leave it out, or name 's3fs' or 'obstore'",
+        )
+    return engine
 
 
 def _s3_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distckpt.errors import ConfigError
+from distckpt.interval import Every
 from distckpt.retention import Retention
 
 
@@ -122,8 +123,15 @@ class CheckpointConfig:
 
     directory: str = "runs/digits"
     """Path or URL that holds the run's checkpoints."""
-    every: int | None = None
-    """Optimizer steps between two checkpoints; null for one at the end of each epoch."""
+    every: int | str | None = None
+    """Optimizer steps between two checkpoints, or a time such as 90s, 10min or 2h, or auto for what loses least time.
+
+    null for one at the end of each epoch.
+    """
+    mtbf_s: float | None = None
+    """Mean time between failures of the job, in seconds, for auto; null estimates it from the run's history."""
+    when_busy: Literal["wait", "skip", "raise"] = "wait"
+    """What a save does while the one before is still being written; the last one of a run always waits."""
     keep: int | Retention = 3
     """How many of the newest to keep, or rules: {last, best, metric, mode, every, within_s}.
 
@@ -217,7 +225,20 @@ def _rules(config: TrainConfig) -> Iterator[tuple[str, bool, str]]:
     yield "train.eval_every", train.eval_every >= 1, "at least 1 epoch"
     yield "train.log_dir", train.log_dir is None or "://" not in train.log_dir, "a local folder"
     yield "checkpoint.directory", bool(checkpoint.directory), "a path or URL"
-    yield "checkpoint.every", checkpoint.every is None or checkpoint.every >= 1, "at least 1 step, or null"
+    yield "checkpoint.every", _is_every(checkpoint.every), "at least 1 step, a time such as 10min, auto, or null"
+    yield (
+        "checkpoint.mtbf_s",
+        checkpoint.mtbf_s is None or 0 < checkpoint.mtbf_s < float("inf"),
+        "more than 0 s, or null",
+    )
     keep = checkpoint.keep
     yield "checkpoint.keep", isinstance(keep, Retention) or keep >= 1, "at least 1"
     yield "checkpoint.timeout_s", 0 < checkpoint.timeout_s < float("inf"), "more than 0 s"
+
+
+def _is_every(every: int | str | None) -> bool:
+    try:
+        Every.of(every)
+    except ConfigError:
+        return False
+    return True

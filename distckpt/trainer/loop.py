@@ -149,6 +149,8 @@ def _manager(config: TrainConfig, images: Images, record: dict[str, Any]) -> Che
         timeout_s=checkpoint.timeout_s,
         storage_options=checkpoint.storage_options,
         config=record,
+        mtbf_s=checkpoint.mtbf_s,
+        when_busy=checkpoint.when_busy,
     )
 
 
@@ -202,6 +204,8 @@ class _Run:
             rate = _Rate(self.plan, done)
             for step in range(done + 1, self.plan.total_steps + 1):
                 self._train_step(step, batches, log, meter, rate)
+                if step == done + 1 and self.config.checkpoint.background:
+                    self.manager.prewarm(state)  # not before: optimizers make their state in their first step
                 metrics = self._evaluate(step, log)
                 if metrics and (self.saves_evaluated or step == self.plan.total_steps):
                     self.manager.save(step, state, metrics=metrics)

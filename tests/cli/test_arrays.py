@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from distckpt import arrays, datafiles
 from distckpt.arrays import Source, deviation, numbers, read
 from distckpt.manifest import Chunk, Manifest, TensorEntry
-from distckpt.safetensors import Piece
+from distckpt.safetensors import Piece, make_header
 from distckpt.storage import open_storage
 from distckpt.tensors import DTYPES
 
@@ -83,7 +84,10 @@ def test_blocks_and_columns_are_put_together(tmp_path: Path, monkeypatch: pytest
     parts = [np.ascontiguousarray(whole[r : r + h, c : c + w]) for (r, c), (h, w) in boxes]
     pieces = [Piece(name=str(i), dtype="I32", shape=part.shape) for i, part in enumerate(parts)]
     payload = memoryview(b"".join(part.tobytes() for part in parts))
-    file, offsets = datafiles.write(storage, "one", "a/rank-00000.safetensors", rank=0, pieces=pieces, payload=payload)
+    header = make_header(pieces)
+    offsets = list(accumulate((piece.num_bytes for piece in pieces), initial=len(header)))[:-1]
+    name, size = "a/rank-00000.safetensors", len(header) + len(payload)
+    file = datafiles.write(storage, "one", name, rank=0, parts=[memoryview(header), payload], num_bytes=size)
     chunks = tuple(
         Chunk(file=0, offset=offset, start=start, shape=shape)
         for offset, (start, shape) in zip(offsets, boxes, strict=True)

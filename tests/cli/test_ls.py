@@ -6,21 +6,23 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import distckpt
-from distckpt import catalog
+from distckpt import catalog, inventory
 from distckpt.checksum import digest
-from distckpt.storage import open_storage
+from distckpt.manifest import serialize
+from distckpt.storage import CountingStorage, open_storage
 
 Command = Callable[..., Any]
 
 FIELDS = {
     "step", "path", "state", "problem", "bytes", "modified", "pinned",
-    "created", "world_size", "layout", "metrics", "run", "attempt",
+    "created", "world_size", "layout", "metrics", "run", "attempt", "parent", "retention",
 }  # fmt: skip
 
 
@@ -160,3 +162,66 @@ def test_bad_input_is_one_message_and_an_exit_code(
     assert result.exit_code == code
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_retention_would_do_stands_beside_each_with_its_reason(command: Command, run: Path) -> None:
+    command("pin", run, "--step", 10)
+    result = command("ls", run, "--keep", 1)
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[:3] == ["step", "state", "retention"]
+    assert re.search(r"^10 +committed, pinned +keep: pinned ", lines[1].strip())
+    assert re.search(r"^20 +committed +delete: no rule keeps it ", lines[2].strip())
+    assert re.search(r"^30 +committed +keep: newest; last 1 ", lines[3].strip())
+    answer = json.loads(command("ls", run, "--keep", 1, "--json").stdout)["checkpoints"]
+    assert [one["retention"]["action"] for one in answer] == ["keep", "delete", "keep"]
+    assert [one["retention"] for one in listed(command, run)] == [None] * 3
+    assert [folder.step for folder in catalog.scan(open_storage(run))] == [10, 20, 30], "and nothing is deleted"
+
+
+def branch(run: Path, *, step: int, of: int | None, created: float) -> None:
+    """Add a checkpoint that went on from another one."""
+    parent = None if of is None else catalog.read_manifest(open_storage(run), f"step-{of:012d}")
+    manifest = catalog.read_manifest(open_storage(run), "step-000000000030")
+    lineage = None if parent is None else {"step": parent.step, "attempt": parent.attempt}
+    made = replace(manifest, step=step, attempt=f"a{step}", parent=lineage, created=created)
+    folder = run / f"step-{step:012d}"
+    folder.mkdir()
+    (folder / "manifest.json").write_bytes(serialize(made))
+
+
+def test_the_tree_shows_which_checkpoint_each_went_on_from(command: Command, run: Path) -> None:
+    branch(run, step=21, of=20, created=1e9)
+    branch(run, step=22, of=21, created=1e9 + 1)
+    branch(run, step=40, of=30, created=4e9)
+    branch(run, step=50, of=None, created=4e9)
+    lines = command("ls", run, "--tree").stdout.splitlines()[1:]
+    drawn = [line.partition("committed")[0].rstrip() for line in lines]
+    assert drawn == ["10", "20", "├─ 21", "│  22", "30", "40", "50"]
+    (run / "step-000000000020" / "manifest.json").unlink()
+    drawn = [line.split("  ")[0].rstrip() for line in command("ls", run, "--tree").stdout.splitlines()[1:]]
+    assert "30 (from 20, which is gone)" in drawn
+
+
+def test_a_manifest_that_contradicts_itself_is_left_to_verify(command: Command, run: Path) -> None:
+    """Its digest is right, so no accident did that; a list looks no deeper, whoever reads or prunes does."""
+    manifest = catalog.read_manifest(open_storage(run), "step-000000000030")
+    body = json.loads(serialize(manifest))
+    del body["xxh3"]
+    body["objects"]["epoch"]["trees"] = []
+    text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()[:-1]
+    (run / "step-000000000030" / "manifest.json").write_bytes(text + f',"xxh3":"{digest(text)}"}}\n'.encode())
+    assert listed(command, run)[-1]["state"] == "committed"
+    assert command("verify", run).exit_code == 1
+    assert command("show", run, "--step", 30).exit_code == 5
+
+
+def test_requests_on_s3_grow_by_one_for_each_checkpoint(run: Path, s3_bucket: str, command: Command) -> None:
+    url = f"s3://{s3_bucket}/run"
+    counts = []
+    for last in (1, 3):
+        command("cp", run, url, "--last", last)
+        storage = CountingStorage(open_storage(url))
+        assert len(inventory.take(storage, brief=True)) == last
+        verbs = ("list", "read", "read_all")
+        counts.append(sum(storage.counted(verb).num_calls for verb in verbs))
+    assert counts[1] - counts[0] == 2

@@ -16,7 +16,8 @@ ALL_COMMANDS = """
 import sys
 from distckpt.cli.application import application
 run = sys.argv[1]
-for args in (["ls", run], ["ls", run, "--json"], ["prune", run, "--keep", "1"], ["show", run], ["verify", run],
+for args in (["ls", run], ["ls", run, "--json"], ["prune", run, "--keep", "1"], ["pin", run], ["unpin", run],
+             ["cp", run, run + "-copy"], ["doctor", run, "--test-bytes", "1000"], ["show", run], ["verify", run],
              ["diff", run, run]):
     heavy = {"torch"} if args[0] in ("diff", "show", "verify") else {"torch", "numpy", "s3fs", "rich.progress"}
     try:
@@ -33,7 +34,7 @@ def process(*args: object, code: str | None = None) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_no_command_imports_torch(run: Path) -> None:
+def test_no_command_that_needs_no_torch_imports_it(run: Path) -> None:
     result = process(run, code=ALL_COMMANDS)
     assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
 
@@ -57,7 +58,8 @@ def test_lines_are_not_cut_where_nobody_watches(run: Path) -> None:
 def test_version_and_help() -> None:
     assert process("--version").stdout == f"distckpt {distckpt.__version__}\n"
     text = process("--help").stdout
-    assert all(f" {verb} " in text for verb in ("ls", "show", "verify", "diff", "prune"))
+    verbs = ("ls", "show", "verify", "diff", "prune", "pin", "unpin", "cp", "export", "import", "doctor")
+    assert all(f" {verb} " in text for verb in verbs)
     assert "Exit codes: 0 fine" in text
     assert process().returncode == 2
 
@@ -94,3 +96,39 @@ def test_every_command_works_by_s3_url(command: Callable[..., Any], s3_bucket: s
     assert [one["step"] for one in json.loads(command("ls", url, "--json").stdout)["checkpoints"]] == [30]
     assert command("ls", f"s3://{s3_bucket}/elsewhere").exit_code == 3
     assert command("ls", "s3://no-such-bucket-here/run").exit_code in (3, 4)
+
+
+def test_safetensors_are_exported_without_torch(run: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, atexit, distckpt.cli\natexit.register(lambda: print('torch' in sys.modules))\ndistckpt.cli.main()"
+    )
+    result = process("export", run, tmp_path / "x.safetensors", "--format", "safetensors", code=code)
+    assert (result.returncode, result.stdout.split()[-1]) == (0, "False")
+
+
+def test_a_copy_that_is_killed_is_ended_by_the_next(run: Path, tmp_path: Path) -> None:
+    """It is killed by itself, just after its first data file is durable, and its second has begun."""
+    code = "\n".join(
+        [
+            "import os, distckpt.cli",
+            "from distckpt.storage.local import LocalStorage",
+            "real, done = LocalStorage.put, []",
+            "def put(self, name, chunks, *, num_bytes=None):",
+            "    def dying():",
+            "        for chunk in chunks:",
+            "            yield chunk",
+            "            done and os.kill(os.getpid(), 9)",
+            "    size = real(self, name, dying(), num_bytes=num_bytes)",
+            "    done.append(name)",
+            "    return size",
+            "LocalStorage.put = put",
+            "distckpt.cli.main()",
+        ]
+    )
+    assert process("cp", run, tmp_path / "copy", code=code).returncode == -9
+    listed = json.loads(process("ls", tmp_path / "copy", "--json").stdout)["checkpoints"]
+    assert [(one["step"], one["state"]) for one in listed] == [(20, "partial"), (30, "committed")]
+    answer = json.loads(process("cp", run, tmp_path / "copy", "--json").stdout)
+    assert [one["action"] for one in answer["checkpoints"]] == ["present", "copied", "copied"]
+    assert process("verify", tmp_path / "copy").returncode == 0
+    assert process("diff", run, tmp_path / "copy").returncode == 0

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from distckpt import catalog
 from distckpt.storage import open_storage
 
@@ -24,7 +26,7 @@ def problems(command: Command, url: object) -> dict[tuple[int, str], str]:
     """Return what verify finds, by step and file, after checking that the exit code fits."""
     result = command("verify", url, "--json")
     answer = json.loads(result.stdout)
-    assert answer.keys() == {"url", "whole", "checkpoints"}
+    assert answer.keys() == {"url", "whole", "sample", "checkpoints"}
     assert (result.exit_code == 0) == answer["whole"]
     assert result.exit_code in (0, 1)
     found = {}
@@ -98,3 +100,26 @@ def test_one_step_or_one_folder_is_verified_alone(command: Command, run: Path) -
     assert command("verify", run, "--step", 20).exit_code == 1
     assert command("verify", run / "step-000000000010").exit_code == 0
     assert list(problems(command, run / "step-000000000020")) == [(20, "manifest.json")]
+
+
+def test_all_turns_together_read_every_byte_and_each_reads_a_part(command: Command, run: Path) -> None:
+    (data,) = (run / "step-000000000020").glob("*/*.safetensors")
+    body = bytearray(data.read_bytes())
+    body[-1] ^= 1
+    data.write_bytes(body)
+    found, num_read = [], 0
+    for turn in (1, 2, 3):
+        result = command("verify", run, "--step", 20, "--sample", f"{turn}/3", "--json")
+        answer = json.loads(result.stdout)
+        assert answer["sample"] == f"{turn}/3"
+        found.append(result.exit_code)
+        num_read += answer["checkpoints"][0]["bytes"]
+    assert sorted(found) == [0, 0, 1]
+    assert num_read == len(body)
+    data.write_bytes(bytes(body)[:-1])
+    assert command("verify", run, "--step", 20, "--sample", "3/3").exit_code == 1, "sizes are looked at each time"
+
+
+@pytest.mark.parametrize("sample", ["0/7", "8/7", "1", "a/b", "1/0", "-1/7"])
+def test_a_sample_that_makes_no_sense_is_wrong_usage(command: Command, run: Path, sample: str) -> None:
+    assert command("verify", run, "--sample", sample).exit_code == 2

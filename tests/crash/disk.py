@@ -238,10 +238,12 @@ class Disk:
 
     def preadv(self, number: int, buffers: Sequence[memoryview], offset: int) -> int:
         self.on_call("preadv", "")
-        [buffer] = buffers
-        data = self.contents.files[self._handles[number].inode][offset : offset + len(buffer)]
-        buffer[: len(data)] = data
-        return len(data)
+        num_read = 0
+        for buffer in buffers:
+            data = self.contents.files[self._handles[number].inode][offset + num_read :][: len(buffer)]
+            buffer[: len(data)] = data
+            num_read += len(data)
+        return num_read
 
     def fstat(self, number: int) -> Any:
         self.on_call("fstat", "")

@@ -9,9 +9,10 @@ from typing import Any
 import disk
 import pytest
 
-from distckpt import CheckpointManager, catalog, commit, datafiles, manager, names
+from distckpt import CheckpointManager, background, catalog, commit, datafiles, manager, names, saver
 from distckpt import ranks as ranks_module
 from distckpt.restore import RestoreRequest
+from distckpt.saver import Saver
 from distckpt.shards import RankShare, write_share
 from distckpt.storage import Storage, local
 from distckpt.storage.local import LocalStorage
@@ -93,47 +94,48 @@ def manifest_before_the_other_ranks_have_written(patch: Patch) -> None:
         return done
 
     patch.setattr(commit, "write_share", write)
-    patch.setattr(manager, "commit", commit_first)
+    patch.setattr(saver, "commit", commit_first)
 
 
 @planted(("later-save", "disk-kill"), ("later-save", "bucket-kill"))
 def acknowledged_before_it_is_committed(patch: Patch) -> None:
     waiting: dict[int, list[Any]] = {}
-    real_write, real_wait = CheckpointManager._write, CheckpointManager.wait
+    real_write, real_wait = Saver._write, CheckpointManager.wait
 
-    def write(self: CheckpointManager, *args: Any) -> None:
+    def write(self: Saver, *args: Any) -> None:
+        self._pruner.release()
         waiting.setdefault(id(self), []).append(args)
 
     def wait(self: CheckpointManager) -> None:
         real_wait(self)
-        for args in waiting.pop(id(self), []):
-            real_write(self, *args)
+        for args in waiting.pop(id(self._saver), []):
+            real_write(self._saver, *args)
 
-    patch.setattr(CheckpointManager, "_write", write)
+    patch.setattr(Saver, "_write", write)
     patch.setattr(CheckpointManager, "wait", wait)
 
 
 @planted(("retention", "disk-kill"), ("later-save", "bucket-kill"))
 def old_ones_deleted_before_the_new_one_is_committed(patch: Patch) -> None:
-    real = CheckpointManager._write
+    real = Saver._write
 
-    def write(self: CheckpointManager, *args: Any) -> None:
-        if self._ranks.rank == 0:
-            for folder in catalog.scan(self._storage):
-                catalog.remove(self._storage, folder)
-        real(self, *args)
+    def write(self: Saver, prepared: Any, ranks: Any, *args: Any) -> None:
+        if ranks.rank == 0:
+            for folder in catalog.scan(self.storage):
+                catalog.remove(self.storage, folder)
+        real(self, prepared, ranks, *args)
 
-    patch.setattr(CheckpointManager, "_write", write)
+    patch.setattr(Saver, "_write", write)
 
 
 @planted(("retention", "disk-kill"), ("retention", "bucket-kill"))
 def retention_forgets_the_newest(patch: Patch) -> None:
-    real = manager.decide  # type: ignore[attr-defined]
+    real = background.decide  # type: ignore[attr-defined]
 
     def decide(*args: Any, **options: Any) -> Any:
         return [*real(*args, **options)[:-1], replace(real(*args, **options)[-1], reasons=())]
 
-    patch.setattr(manager, "decide", decide)
+    patch.setattr(background, "decide", decide)
 
 
 @planted(("retention", "disk-kill"), ("retention", "bucket-kill"))
@@ -146,10 +148,7 @@ def data_deleted_before_the_manifest(patch: Patch) -> None:
 
 @planted(("clean-up", "disk-kill"), ("clean-up", "bucket-kill"))
 def digests_not_checked(patch: Patch) -> None:
-    def read(storage: Storage, name: str, begin: int, segment: Any, target: memoryview, **_: Any) -> None:
-        storage.read(name, begin, target)
-
-    patch.setattr(datafiles, "_read_checked", read)
+    patch.setattr(datafiles.Reader, "_compare", lambda *_: None)
 
 
 @planted(("clean-up", "disk-kill"), ("clean-up", "bucket-kill"))
@@ -179,7 +178,7 @@ def manifest_written_in_place(patch: Patch) -> None:
 @planted(("first-save", "bucket-late"), ("later-save", "bucket-late"))
 def publish_replaces(patch: Patch) -> None:
     def publish(self: ObjectStorage, name: str, data: bytes) -> None:
-        self._fs.pipe_file(self._path(name), data, chunksize=len(data) + 1)
+        self._client._filesystem().pipe_file(self._path(name), data, chunksize=len(data) + 1)
 
     patch.setattr(ObjectStorage, "publish", publish)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from disk import Tree
 from recording import Ack, Log
 
 from distckpt import CheckpointManager, catalog, names
+from distckpt.background import Pruner
 from distckpt.manifest import Layout
+from distckpt.retention import Retention
 from distckpt.storage import Storage, local
 
 State = MutableMapping[str, Any]
@@ -42,12 +45,20 @@ def told(state: State) -> Ack:
     return Ack(*divmod(values.pop(), 10))
 
 
+class PromptPruner(Pruner):
+    """Prunes before it returns: only one rank runs at a time."""
+
+    def _launch(self, thread: threading.Thread) -> None:
+        self._work()
+
+
 class StoredManager(CheckpointManager):
     """The real manager, but for where it stores and where its ranks meet."""
 
     def __init__(self, storage: Storage, crew: Crew, rank: int, *, layout: Layout, keep: int = KEEP) -> None:
         super().__init__("unused", keep=keep, layout=layout, background=False, rng=False, signals=())
-        self._storage = storage
+        self._storage = self._saver.storage = storage
+        self._saver._pruner = PromptPruner(Retention.of(keep))
         self._channels = CrewRanks(crew, rank, "training"), CrewRanks(crew, rank, "writing")
 
 

@@ -157,7 +157,7 @@ def run(kind: str, layout: Layout, world_size: int, what: str, *, every: bool) -
 def test_a_failing_call_is_told_to_all_ranks_and_loses_nothing(
     kind: str, layout: Layout, world_size: int, what: str
 ) -> None:
-    assert run(kind, layout, world_size, what, every=False) > 1
+    assert run(kind, layout, world_size, what, every=False) > 0
 
 
 @pytest.mark.slow

@@ -153,7 +153,15 @@ def test_an_error_in_the_loop_is_not_hidden_and_the_save_in_flight_is_committed(
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"every": 0}, {"every": True}, {"every": "10"}, {"keep": 0}, {"layout": "round"}, {"timeout_s": 0}],
+    [
+        {"every": 0},
+        {"every": True},
+        {"every": "10"},
+        {"every": "soon"},
+        {"keep": 0},
+        {"layout": "round"},
+        {"timeout_s": 0},
+    ],
     ids=str,
 )
 def test_settings_out_of_range_are_refused(tmp_path: Path, wrong: dict):
@@ -170,6 +178,19 @@ def test_calls_that_make_no_sense_are_refused(tmp_path: Path):
     ckpt.close()
     with pytest.raises(UsageError, match="closed"):
         ckpt.save(1, {"x": 1})
+
+
+def test_prewarming_tells_the_bytes_of_the_share_and_writes_nothing(tmp_path: Path):
+    state = jobs.build()
+    jobs.train(state, 1)
+    with CheckpointManager(tmp_path / "run") as ckpt:
+        num_bytes = ckpt.prewarm(state)
+        assert not (tmp_path / "run").exists()
+        ckpt.save(1, state)
+        ckpt.wait()
+        [saved] = ckpt.checkpoints
+        assert 0 <= saved.num_bytes - num_bytes < 32_768  # with or without the headers of the data files
+        assert ckpt.prewarm(state) == num_bytes
 
 
 def test_a_file_in_the_directorys_place_is_one_clear_error(tmp_path: Path):

@@ -9,13 +9,13 @@ import pytest
 import s3fs
 from fault_proxy import FaultProxy
 from fsspec.implementations.memory import MemoryFileSystem
-from places import IMPATIENT, Place
+from places import Place, filesystem
 from s3_server import S3Server
 
 from distckpt.storage import ObjectStorage, Storage
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", "s3", "obstore"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """Give a fresh place of each kind in turn."""
     if request.param == "local":
@@ -32,11 +32,14 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         fs.store.clear()
         fs.pseudo_dirs[:] = [""]
     else:
+        if request.param == "obstore":
+            pytest.importorskip("obstore")
         server: S3Server = request.getfixturevalue("s3_server")
         bucket: str = request.getfixturevalue("s3_bucket")
         yield Place(
-            kind="s3",
+            kind=request.param,
             url=f"s3://{bucket}/runs/run",
+            options={"engine": "s3fs" if request.param == "s3" else "obstore"},
             plant=lambda name, data: server.put_object(bucket, f"runs/run/{name}", data),
         )
 
@@ -44,15 +47,21 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 @pytest.fixture
 def storage(place: Place, request: pytest.FixtureRequest) -> Storage:
     """Give one client of the place."""
-    if place.kind != "s3":
+    if place.options is None:
         return place.open()
-    fs = request.getfixturevalue("s3_filesystem")
-    return ObjectStorage(fs, place.url.removeprefix("s3://"), place.url)
+    fs = request.getfixturevalue("storage_filesystem")
+    return ObjectStorage(fs, place.url.removeprefix("s3://"), place.url, **place.options)
 
 
 @pytest.fixture(scope="session")
 def s3_filesystem(s3_server: S3Server) -> s3fs.S3FileSystem:
-    """Give a filesystem on the server itself; one for all, because making one takes longer than most tests."""
+    """Give a filesystem to look past the storages; one for all, because making one takes longer than most tests."""
+    return filesystem(s3_server.endpoint)
+
+
+@pytest.fixture(scope="session")
+def storage_filesystem(s3_server: S3Server) -> s3fs.S3FileSystem:
+    """Give a filesystem for storages alone, which set it up as they need it."""
     return filesystem(s3_server.endpoint)
 
 
@@ -75,14 +84,3 @@ def proxy(session_proxy: FaultProxy, s3_bucket: str, monkeypatch: pytest.MonkeyP
     session_proxy.reset()
     monkeypatch.setenv("AWS_ENDPOINT_URL", session_proxy.endpoint)
     return session_proxy
-
-
-def filesystem(endpoint: str) -> s3fs.S3FileSystem:
-    return s3fs.S3FileSystem(
-        endpoint_url=endpoint,
-        key="testing",
-        secret="testing-secret",
-        config_kwargs=IMPATIENT["config_kwargs"],
-        use_listings_cache=False,
-        skip_instance_cache=True,
-    )

@@ -4,40 +4,56 @@ from __future__ import annotations
 
 import http.client
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
+NUM_PIECES = 8
+
 Action = Literal[
     "answer",  # answer with `status` and `code`, and do not ask the server
+    "cut-request",  # hang up after half of the request's body; the server does not see it
     "lose-answer",  # let the server do it, and hang up instead of answering
-    "truncate",  # hang up after half of the answer's body
+    "truncate",  # hang up after half of the answer's body, or of its head if it has none
+    "delay",  # let the server do it, and answer `delay_s` later
+    "trickle",  # answer in small pieces, over `delay_s`
     "ignore-range",  # ask for the whole object
     "ignore-condition",  # drop If-None-Match
+    "call",  # call `then` once the server has done it, before its answer is handed on
 ]
 
 
 @dataclass(slots=True, kw_only=True)
 class Fault:
-    """What goes wrong with the next `times` requests of `method` whose path and query contain `where`."""
+    """What goes wrong with `times` requests of `method` (any, if empty) whose path and query contain `where`.
 
-    method: str
+    The first `skip` such requests go well.
+    """
+
     action: Action
+    method: str = ""
     where: str = ""
     times: int = 1
+    skip: int = 0
     status: int = 503
     code: str = "ServiceUnavailable"
+    delay_s: float = 0.0
     only_conditional: bool = False
+    then: Callable[[], None] = lambda: None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Seen:
-    """One request that came in."""
+    """One request that came in, the sizes of its body and of its answer's, and the answer's status; 0 without one."""
 
     method: str
     target: str
     headers: dict[str, str] = field(repr=False)
+    num_bytes: int = 0
+    num_answered: int = 0
+    status: int = 0
 
 
 class FaultProxy:
@@ -47,6 +63,7 @@ class FaultProxy:
         self.seen: list[Seen] = []
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
+        self._stopped = threading.Event()
         address = urlsplit(upstream)
         proxy = self
 
@@ -71,6 +88,7 @@ class FaultProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stopped.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -91,12 +109,25 @@ class FaultProxy:
         with self._lock:
             return sum(seen.method == method and where in seen.target for seen in self.seen)
 
+    def num_uploaded(self) -> int:
+        """Return how many bytes came in as bodies of requests."""
+        with self._lock:
+            return sum(seen.num_bytes for seen in self.seen)
+
+    def num_downloaded(self) -> int:
+        """Return how many bytes went out as bodies of answers to GET."""
+        with self._lock:
+            return sum(seen.num_answered for seen in self.seen if seen.method == "GET")
+
     def _next_fault(self, seen: Seen) -> Fault | None:
         with self._lock:
             self.seen.append(seen)
             for fault in self._faults:
-                if fault.times and fault.method == seen.method and fault.where in seen.target:
+                if fault.times and fault.method in ("", seen.method) and fault.where in seen.target:
                     if fault.only_conditional and "if-none-match" not in seen.headers:
+                        continue
+                    if fault.skip:
+                        fault.skip -= 1
                         continue
                     fault.times -= 1
                     return fault
@@ -104,10 +135,16 @@ class FaultProxy:
 
     def _relay(self, handler: BaseHTTPRequestHandler, host: str, port: int) -> None:
         headers = {key.lower(): value for key, value in handler.headers.items()}
-        body = _body(handler, headers)
-        fault = self._next_fault(Seen(method=handler.command, target=handler.path, headers=headers))
+        seen = Seen(method=handler.command, target=handler.path, headers=dict(headers))
+        fault = self._next_fault(seen)
         action = fault.action if fault else None
+        body = _body(handler, headers, is_cut=action == "cut-request")
+        seen.num_bytes = len(body)
+        if action == "cut-request" or len(body) < int(headers.get("content-length", 0)):  # the client may hang up, too
+            handler.close_connection = True
+            return
         if fault is not None and action == "answer":
+            seen.status = fault.status
             _answer(handler, fault)
             return
         if action == "ignore-range":
@@ -121,26 +158,55 @@ class FaultProxy:
             data = answer.read()
         finally:
             connection.close()
+        if fault is not None and action == "call":
+            fault.then()
         if action == "lose-answer":
             handler.close_connection = True
             return
-        handler.send_response_only(answer.status, answer.reason)
-        for key, value in answer.getheaders():
-            if key.lower() not in {"transfer-encoding", "connection"}:
-                handler.send_header(key, value)
-        if answer.getheader("Content-Length") is None:
-            handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        if handler.command != "HEAD":
-            handler.wfile.write(data[: len(data) // 2] if action == "truncate" else data)
-        if action == "truncate":
-            handler.close_connection = True
+        if fault is not None and action == "delay":
+            self._stopped.wait(fault.delay_s)
+        seen.status, seen.num_answered = answer.status, len(data)
+        _hand_on(handler, answer, data, is_cut=action == "truncate", pause=self._pause(fault))
+
+    def _pause(self, fault: Fault | None) -> Callable[[], None]:
+        """Return what is called between the pieces of an answer."""
+        if fault is None or fault.action != "trickle":
+            return lambda: None
+        return lambda: self._stopped.wait(fault.delay_s / NUM_PIECES) and None
 
 
-def _body(handler: BaseHTTPRequestHandler, headers: dict[str, str]) -> bytes:
+def _hand_on(
+    handler: BaseHTTPRequestHandler,
+    answer: http.client.HTTPResponse,
+    data: bytes,
+    *,
+    is_cut: bool,
+    pause: Callable[[], None],
+) -> None:
+    """Give the client the server's answer, or half of it."""
+    lines = [f"HTTP/1.1 {answer.status} {answer.reason}"]
+    lines += [f"{k}: {v}" for k, v in answer.getheaders() if k.lower() not in {"transfer-encoding", "connection"}]
+    if answer.getheader("Content-Length") is None and answer.status != 204:
+        lines.append(f"Content-Length: {len(data)}")
+    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    if handler.command == "HEAD":
+        data = b""
+    if is_cut:
+        handler.close_connection = True
+        handler.wfile.write(head + data[: len(data) // 2] if data else head[: len(head) // 2])
+        return
+    handler.wfile.write(head)
+    size = max(1, -(-len(data) // NUM_PIECES))
+    for begin in range(0, len(data), size):
+        handler.wfile.write(data[begin : begin + size])
+        pause()
+
+
+def _body(handler: BaseHTTPRequestHandler, headers: dict[str, str], *, is_cut: bool) -> bytes:
     if headers.get("expect", "").lower() == "100-continue":
         headers.pop("expect")
-    return handler.rfile.read(int(headers.get("content-length", 0)))
+    num_bytes = int(headers.get("content-length", 0))
+    return handler.rfile.read(num_bytes // 2 if is_cut else num_bytes)
 
 
 def _answer(handler: BaseHTTPRequestHandler, fault: Fault) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import s3fs
+
 from distckpt.storage import Storage, open_storage
 
-TRIES = 2
+TRIES = 3
 IMPATIENT: dict[str, Any] = {
     "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": TRIES}, "connect_timeout": 2}
 }
@@ -22,6 +24,24 @@ class Place:
     kind: str
     url: str
     plant: Callable[[str, bytes], None]
+    options: dict[str, Any] | None = None
 
     def open(self) -> Storage:
-        return open_storage(self.url)
+        return open_storage(self.url, storage_options=self.options)
+
+
+def filesystem(endpoint: str, **config: Any) -> s3fs.S3FileSystem:
+    """Return a filesystem of its own; `config` is botocore's."""
+    return s3fs.S3FileSystem(
+        endpoint_url=endpoint,
+        key="testing",
+        secret="testing-secret",
+        config_kwargs={
+            **IMPATIENT["config_kwargs"],
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            **config,
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+    )

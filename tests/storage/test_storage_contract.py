@@ -22,7 +22,7 @@ from places import Place
 
 from distckpt.errors import StorageError
 from distckpt.storage import Buffer, Storage
-from distckpt.storage.objects import PART_BYTES
+from distckpt.storage.parts import USUAL_PART
 
 LIMIT = 1 << 20
 _numbers = itertools.count()
@@ -69,7 +69,7 @@ def test_put_writes_exactly_the_chunks(storage: Storage, parts: list[tuple[bytes
     assert content(storage, name, len(whole)) == whole
 
 
-@pytest.mark.parametrize("num_bytes", [PART_BYTES - 1, PART_BYTES, 2 * PART_BYTES + 5])
+@pytest.mark.parametrize("num_bytes", [USUAL_PART - 1, USUAL_PART, 2 * USUAL_PART + 5])
 def test_files_around_the_size_of_an_upload_part_are_exact(storage: Storage, num_bytes: int) -> None:
     data = memoryview(pattern(num_bytes))
     cuts = [0, 3, 1 << 20, (1 << 20) + 7, num_bytes]
@@ -127,7 +127,7 @@ def test_read_all_refuses_what_is_larger_than_its_limit(storage: Storage) -> Non
 # --- puts that fail ---
 
 
-@pytest.mark.parametrize("num_written", [0, 10, PART_BYTES + 10])
+@pytest.mark.parametrize("num_written", [0, 10, USUAL_PART + 10])
 @pytest.mark.parametrize("error", [RuntimeError("the GPU is gone"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_put_that_fails_leaves_nothing(place: Place, storage: Storage, num_written: int, error: BaseException) -> None:
     def chunks() -> Iterator[bytes]:
@@ -137,7 +137,7 @@ def test_put_that_fails_leaves_nothing(place: Place, storage: Storage, num_writt
     with pytest.raises(type(error)) as caught:
         storage.put("a/f", chunks())
     assert caught.value is error
-    if place.kind == "s3":
+    if place.kind in ("s3", "obstore"):
         gc.collect()  # an upload that was only forgotten would be completed here
     assert names_in(storage) == []
     with pytest.raises(FileNotFoundError):

@@ -1,0 +1,157 @@
+"""Applying: what was read is given to the user's objects.
+
+Invariant: nothing is cast; what was read into a tensor of the state itself is not copied again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from distckpt.errors import DistckptError, StateLoadError, UsageError
+from distckpt.matching import Match, Part, Reference
+from distckpt.modules import is_stock, plain_names, unwrap
+from distckpt.state import PerRank, kind_of
+from distckpt.tensors import local
+
+
+def apply(matched: Match, staged: Mapping[str, torch.Tensor]) -> None:
+    """Change the state; every byte is known to be good by now.
+
+    Ranks: any.
+    """
+    for part in matched.parts:
+
+        def tensor(reference: Reference) -> Any:
+            value = staged[reference.name]
+            like = matched.likes.get(reference.name)
+            if reference.array:
+                return value.numpy()
+            if isinstance(like, DTensor) and not isinstance(value, DTensor):
+                return _like(value, like)
+            return value
+
+        content = _filled(part.content, tensor)
+        try:
+            _apply_part(part, content)
+        except DistckptError:
+            raise
+        except Exception as error:  # whatever an object's own method raises
+            raise StateLoadError(key=part.slot.key, cause=f"{type(error).__name__}: {error}") from error
+
+
+def _apply_part(part: Part, content: Any) -> None:
+    match kind_of(part.slot.value):
+        case "module":
+            _apply_module(part, content)
+        case "optimizer":
+            _apply_optimizer(part.slot.value, content)
+        case "stateful":
+            part.slot.value.load_state_dict(content)
+        case _:
+            _apply_value(part, content)
+
+
+def _filled(content: Any, tensor: Any) -> Any:
+    """Return `content` with a tensor for each reference."""
+    if type(content) is Reference:
+        return tensor(content)
+    if isinstance(content, dict):
+        made = {name: _filled(item, tensor) for name, item in content.items()}
+        return made if type(content) is dict else type(content)(made)
+    if isinstance(content, list):
+        return [_filled(item, tensor) for item in content]
+    if isinstance(content, tuple):
+        return tuple(_filled(item, tensor) for item in content)
+    return content
+
+
+def _like(value: torch.Tensor, like: DTensor) -> DTensor:
+    """Return `value`, this rank's part, as a DTensor that lies as `like` does."""
+    return DTensor.from_local(
+        value.to(like.device),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def _apply_module(part: Part, content: dict[str, Any]) -> None:
+    module = unwrap(cast(nn.Module, part.slot.value))
+    plain = plain_names(module)
+    here = module.state_dict()
+    chosen = OrderedDict((name, content[plain(name)]) for name in here if plain(name) in content)
+    if is_stock(module) and all(_is_same(here[name], value) for name, value in chosen.items()):
+        return  # it was read into the parameters themselves
+    metadata = getattr(here, "_metadata", None)
+    if metadata is not None:
+        chosen._metadata = metadata  # type: ignore[attr-defined]  # versions of modules, for their own load hooks
+    module.load_state_dict(chosen, strict=part.whole)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Say whether two tensors are one memory, seen in one way."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    here, there = local(one), local(other)
+    return here.data_ptr() == there.data_ptr() and here.shape == there.shape and here.stride() == there.stride()
+
+
+def _apply_optimizer(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
+    """Load an optimizer; its own method casts some states to the parameter's dtype, which is undone."""
+    optimizer.load_state_dict(content)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    order = [index for group in content["param_groups"] for index in group["params"]]
+    for index, parameter in zip(order, parameters, strict=True):
+        for name, saved in content["state"].get(index, {}).items():
+            loaded = optimizer.state[parameter].get(name)
+            if isinstance(saved, torch.Tensor) and isinstance(loaded, torch.Tensor) and loaded.dtype != saved.dtype:
+                optimizer.state[parameter][name] = saved.to(loaded.device)
+
+
+def _apply_value(part: Part, content: Any) -> None:
+    slot = part.slot
+    if not part.whole:
+        for name, item in content.items():
+            slot.value[name] = _merged(slot.value.get(name), item)
+        return
+    merged = _merged(slot.value, content)
+    if merged is slot.value:
+        return
+    if isinstance(slot.parent, tuple):
+        raise UsageError(problem=f"{slot.key} stands in a tuple and cannot be replaced", fix="use a list")
+    holder = slot.parent[slot.place]
+    if isinstance(holder, PerRank):
+        holder.value = merged
+    else:
+        slot.parent[slot.place] = merged
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Return `new`, in the memory and containers of `old` where they fit."""
+    if old is new:
+        return old
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.shape == new.shape:
+        with torch.no_grad():
+            local(old).copy_(local(new))
+        return old
+    if isinstance(old, np.ndarray) and isinstance(new, np.ndarray) and (old.shape, old.dtype) == (new.shape, new.dtype):
+        np.copyto(old, new)
+        return old
+    if type(old) is dict and type(new) is dict:
+        made = {name: _merged(old.get(name), item) for name, item in new.items()}
+        old.clear()
+        old.update(made)
+        return old
+    if type(old) is list and type(new) is list:
+        old[:] = [_merged(old[index] if index < len(old) else None, item) for index, item in enumerate(new)]
+        return old
+    return new

@@ -1,0 +1,201 @@
+"""What goes on beside the training: the writing of one save, and the pruning after it, each on a thread of its own.
+
+Invariant: at most one save and one pruning are under way; and pruning touches nothing in the folder of a save that was
+in flight at any time since it looked at the directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from distckpt import catalog
+from distckpt.catalog import Checkpoint, Folder
+from distckpt.retention import Retention, decide
+from distckpt.storage import Storage
+
+logger = logging.getLogger("distckpt")
+
+
+class Writing:
+    """The save in flight, and its failure until somebody has been told."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, work: Callable[[], None], *, tell: bool) -> None:
+        """Do `work` on a thread; the save before has to be over.
+
+        Args:
+            work: Writes and commits.
+            tell: Whether to log a failure at once.
+
+        Ranks: any; returns at once.
+        """
+        self._thread = threading.Thread(
+            target=self._work_quietly, args=(work, tell), name="distckpt-write", daemon=False
+        )
+        self._thread.start()
+
+    def join(self) -> None:
+        """Return once no save is in flight; a failure is kept.
+
+        Ranks: any; blocks until the save in flight is committed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def wait(self) -> None:
+        """Return once no save is in flight.
+
+        Raises:
+            DistckptError: The last save's failure, once.
+
+        Ranks: any; blocks until the save in flight is committed.
+        """
+        self.join()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _work_quietly(self, work: Callable[[], None], tell: bool) -> None:
+        """A failure waits for the next call, but is in the log at once."""
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  raised again by wait()
+            self._failure = error
+            if tell:
+                logger.error("background save failed: %s", error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneRequest:
+    """What a pruning is told.
+
+    Attributes:
+        newest: The step that was committed last: of partials only older ones are known to be dead.
+        resumed_from: The step that the run resumed from.
+    """
+
+    newest: int
+    resumed_from: int | None
+
+
+class Pruner:
+    """Deletes what retention does not keep, and what dead saves have left; a failure is a warning.
+
+    A request that comes while a pruning runs is carried out after it, with the directory as it is then.
+
+    Args:
+        retention: What to keep.
+
+    Attributes:
+        known: Facts of checkpoints whose manifests need not be read again; see `catalog.committed`.
+    """
+
+    def __init__(self, retention: Retention) -> None:
+        self.known: dict[tuple[int, int], Checkpoint] = {}
+        self._retention = retention
+        self._turn = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._wanted: tuple[Storage, PruneRequest] | None = None
+        self._in_flight: int | None = None
+        self._spared: set[int] = set()
+        self._deleting: int | None = None
+
+    def start(self, storage: Storage, request: PruneRequest) -> None:
+        """Prune on a thread.
+
+        Ranks: 0; returns at once.
+        """
+        with self._turn:
+            self._wanted = storage, request
+            if self._thread is not None:
+                return
+            self._thread = thread = threading.Thread(target=self._work, name="distckpt-prune", daemon=False)
+        self._launch(thread)
+
+    def wait(self) -> None:
+        """Return once nothing is left to prune.
+
+        Ranks: any; blocks until all that was asked for has been deleted, or has failed to be.
+        """
+        while (thread := self._thread) is not None:
+            thread.join()
+
+    def spare(self, step: int) -> None:
+        """Keep away from the folder of `step`, in which a save begins, until `release` and one look at the directory.
+
+        Ranks: any, before the first rank writes; blocks while just this folder is being deleted.
+        """
+        with self._turn:
+            self._in_flight = step
+            self._spared.add(step)
+            self._turn.wait_for(lambda: self._deleting != step)
+
+    def release(self) -> None:
+        """Take note that the save is over, committed or not.
+
+        Ranks: any.
+        """
+        with self._turn:
+            self._in_flight = None
+
+    def _launch(self, thread: threading.Thread) -> None:
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more threads, or the interpreter is about to end
+            self._work()
+
+    def _work(self) -> None:
+        """Carry out what was asked for, and what is asked for meanwhile."""
+        while True:
+            with self._turn:
+                job, self._wanted = self._wanted, None
+                if job is None:
+                    self._thread = None
+                    return
+                # What is over was over before the look at the directory that comes now, which so sees all of it.
+                self._spared = set() if self._in_flight is None else {self._in_flight}
+            storage, request = job
+            try:
+                self._prune(storage, request)
+            except Exception as error:  # noqa: BLE001  no reason to stop a training
+                logger.warning("could not prune %s: %s", storage.url, error)
+
+    def _prune(self, storage: Storage, request: PruneRequest) -> None:
+        folders = catalog.scan(storage)
+        plan = decide(
+            catalog.committed(storage, folders, known=self.known),
+            self._retention,
+            now=time.time(),
+            resumed_from=request.resumed_from,
+            pinned=[folder.step for folder in folders if folder.pinned],
+        )
+        gone = {decision.step for decision in plan if not decision.kept}
+        for folder in folders:
+            partial = not folder.committed and not folder.damaged and folder.step <= request.newest
+            if folder.step in gone or partial:
+                self._remove(storage, folder)
+
+    def _remove(self, storage: Storage, folder: Folder) -> None:
+        with self._turn:
+            if folder.step in self._spared:
+                return
+            self._deleting = folder.step
+        try:
+            catalog.remove(storage, folder)
+        finally:
+            with self._turn:
+                self._deleting = None
+                self._turn.notify_all()

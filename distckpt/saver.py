@@ -1,0 +1,255 @@
+"""The saver: makes the checkpoints of one run, one at a time: stage, write, commit, and then prune.
+
+Invariant: a save begins only when the one before is committed or has failed, and pruning keeps away from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from distckpt import catalog, names
+from distckpt.background import Pruner, PruneRequest, Writing
+from distckpt.commit import Copy, PreparedSave, SaveRequest, commit, prepare, prewarm
+from distckpt.errors import SaveInFlightError, UsageError
+from distckpt.manifest import Layout, Manifest
+from distckpt.pace import Pace
+from distckpt.ranks import Ranks
+from distckpt.retention import Retention
+from distckpt.storage import Storage
+from distckpt.values import Json
+from distckpt.workspace import Workspace
+
+logger = logging.getLogger("distckpt")
+
+WhenBusy = Literal["wait", "skip", "raise"]
+
+
+class Saver:
+    """Saves a run's state.
+
+    Args:
+        storage: The run's directory.
+        retention: Which checkpoints to keep.
+        pace: Is told what saves take.
+        layout: Who writes.
+        background: Whether to write on a thread.
+        when_busy: What a save does that finds one in flight.
+        rng: Whether to save the random-number generators.
+        config: The run's configuration.
+        overlap: Whether a GPU's training goes on while what changes only in an optimizer's step is copied.
+
+    Attributes:
+        storage: The run's directory.
+        num_skipped: How many saves were skipped because one was in flight.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        retention: Retention,
+        pace: Pace,
+        layout: Layout,
+        background: bool,
+        when_busy: WhenBusy,
+        rng: bool,
+        config: Mapping[str, Json] | None,
+        overlap: bool = True,
+    ) -> None:
+        self.storage = storage
+        self.num_skipped = 0
+        self._pace = pace
+        self._layout: Layout = layout
+        self._background = background
+        self._when_busy: WhenBusy = when_busy
+        self._rng = rng
+        self._config = None if config is None else dict(config)
+        self._overlap = overlap
+        self._workspace = Workspace()
+        self._writing = Writing()
+        self._pruner = Pruner(retention)
+        self._run: str | None = None
+        self._parent: dict[str, Json] | None = None
+        self._resumed_from: int | None = None
+        self._begun_step: int | None = None
+        self._saved_step: int | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is in flight on this rank."""
+        return self._writing.busy
+
+    def resume(self, manifest: Manifest) -> None:
+        """Go on from a checkpoint: it is the parent of the next one, and is kept.
+
+        Ranks: any.
+        """
+        self._run = manifest.run
+        self._parent = {"step": manifest.step, "attempt": manifest.attempt}
+        self._resumed_from = self._saved_step = manifest.step
+
+    def prewarm(self, state: Mapping[str, Any], *, ranks: Ranks) -> int:
+        """Plan and allocate what a save of `state` needs; return this rank's bytes.
+
+        Raises:
+            As `commit.prewarm` and `await_commit` do.
+
+        Ranks: all (collective); blocks until the save before is committed and all ranks have come.
+        """
+        self.await_commit()
+        return prewarm(state, self._request(0, None, ranks), ranks=ranks, workspace=self._workspace)
+
+    def agreed_busy(self, step: int, *, ranks: Ranks) -> bool:
+        """Say whether a save is in flight on any rank, where that decides anything.
+
+        Ranks: all (collective) unless saves wait for each other.
+        """
+        if self._when_busy == "wait" or not self._background:
+            return False
+        return ranks.agree(f"save of step {step}", lambda: self.is_busy, any)
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, float] | None,
+        *,
+        channels: tuple[Ranks, Ranks],
+        busy: bool,
+    ) -> None:
+        """Save `state` as the checkpoint of `step`, unless that step is saved, or `when_busy` says otherwise.
+
+        Args:
+            step: Optimizer steps completed.
+            state: What to save.
+            metrics: What was measured at this step.
+            channels: Between the training's threads, and between the writing ones.
+            busy: Whether all ranks have agreed that a save is in flight; if not, this one waits.
+
+        Raises:
+            As `CheckpointManager.save` does.
+
+        Ranks: all (collective); blocks as `CheckpointManager.save` does.
+        """
+        ranks, writing_ranks = channels
+        self._pace.restart(step)
+        if busy and self._when_busy != "wait" and step != self._begun_step:
+            self._pass_over(step, ranks)
+            return
+        begun = time.monotonic()
+        self.await_commit()
+        if step == self._saved_step:
+            return
+        request = self._request(step, metrics, ranks)
+        self._pruner.spare(step)
+        try:
+            copy: Copy = "now" if self._background else "while writing"
+            prepared = prepare(state, request, ranks=ranks, workspace=self._workspace, copy=copy, overlap=self._overlap)
+        except BaseException:
+            self._pruner.release()
+            raise
+        self._begun_step = step
+        if self._background:
+            stall_s = time.monotonic() - begun
+            self._writing.start(lambda: self._write(prepared, writing_ranks, begun, stall_s), tell=ranks.rank == 0)
+        else:
+            self._write(prepared, writing_ranks, begun, None)
+        self._pace.restart(step)
+
+    def await_commit(self) -> None:
+        """Return once no save is in flight.
+
+        Raises:
+            DistckptError: It failed, on whatever rank; raised once.
+
+        Ranks: any; blocks until the save in flight is committed.
+        """
+        self._writing.wait()
+
+    def await_pruning(self) -> None:
+        """Return once what retention does not keep is deleted.
+
+        Ranks: any; blocks on rank 0.
+        """
+        self._pruner.wait()
+
+    def settle(self) -> None:
+        """Return once nothing goes on in the background; a failure of the save in flight is kept for later.
+
+        Ranks: any; blocks until the save in flight is committed and, on rank 0, pruning has ended.
+        """
+        self._writing.join()
+        self._pruner.wait()
+
+    def _pass_over(self, step: int, ranks: Ranks) -> None:
+        """Refuse or skip a save, as the one before is still in flight."""
+        assert self._begun_step is not None
+        if self._when_busy == "raise":
+            raise SaveInFlightError(step=step, in_flight=self._begun_step)
+        self.num_skipped += 1
+        if ranks.rank == 0:
+            logger.warning(
+                "save of step %d skipped: the save of step %d is still being written; %d skipped so far",
+                *(step, self._begun_step, self.num_skipped),
+            )
+
+    def _request(self, step: int, metrics: Mapping[str, float] | None, ranks: Ranks) -> SaveRequest:
+        """Return what the save of `step` is told; a fresh run is named first, the same on every rank."""
+        if self._run is None:
+            self._run = ranks.agree("naming the run", lambda: None, lambda _: names.new_attempt())
+        return SaveRequest(
+            step=step,
+            folder=names.step_name(step),
+            run=self._run,
+            layout=self._layout,
+            rng=self._rng,
+            metrics=_checked(metrics),
+            parent=self._parent,
+            config=self._config,
+        )
+
+    def _write(self, prepared: PreparedSave, ranks: Ranks, begun: float, stall_s: float | None) -> None:
+        """Write and commit a prepared save that began at `begun`, then have old ones deleted.
+
+        Without `stall_s` the training stands still until it is committed.
+        """
+        step, writing_since = prepared.request.step, time.monotonic()
+        try:
+            done = commit(prepared, ranks=ranks, storage=self.storage)
+        finally:
+            self._pruner.release()
+        now = time.monotonic()
+        stall_s = now - begun if stall_s is None else stall_s
+        self._saved_step = step
+        self._parent = {"step": step, "attempt": prepared.attempt}
+        self._pace.save_committed(stall_s=stall_s, durable_s=now - begun)
+        if done is None:
+            return
+        facts = catalog.describe(self.storage, done.manifest, folder=prepared.request.folder)
+        self._pruner.known[step, done.num_bytes] = facts
+        write_s, num_mb = max(now - writing_since, 1e-6), facts.num_bytes / 1e6
+        logger.info(
+            "saved step %d to %s: stall %.3f s, %.1f MB written in %.2f s (%.0f MB/s)",
+            *(step, self.storage.url, stall_s, num_mb, write_s, num_mb / write_s),
+        )
+        self._pruner.start(self.storage, PruneRequest(newest=step, resumed_from=self._resumed_from))
+
+
+def _checked(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """Return metrics as floats.
+
+    Raises:
+        UsageError: One is no number; names it.
+    """
+    checked = {}
+    for name, value in (metrics or {}).items():
+        try:
+            checked[str(name)] = float(value.item() if hasattr(value, "item") else value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                problem=f"metric {name!r} is {value!r:.60}, not a number", fix=f'metrics={{"{name}": float(...)}}'
+            ) from error
+    return checked

@@ -1,0 +1,160 @@
+"""`S3Client`: the objects of an S3 server, through s3fs's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import functools
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from distckpt.storage import downloads, uploads
+from distckpt.storage.clients import RANGE_CODES, Upload
+from distckpt.storage.connection import Connection
+from distckpt.storage.contract import Buffer
+from distckpt.storage.failures import server_code
+from distckpt.storage.obstores import FastUploads
+from distckpt.storage.requests import MOST_REQUESTS, Requests
+from distckpt.storage.retries import BrokenAnswerError
+
+_ERROR = re.compile(rb"\s*(<\?xml[^>]*\?>)?\s*<Error>")
+_NO_CONDITIONS = {"NotImplemented", "501"}
+
+logger = logging.getLogger("distckpt")
+
+
+class S3Client:
+    """Objects of S3, or of a server that speaks its protocol.
+
+    A server that refuses conditional PUTs, or ignores them, is found out at the first `create`.
+    """
+
+    is_outside = True
+    read_bytes = 8 << 20
+    num_readers = MOST_REQUESTS
+
+    def __init__(self, connection: Connection, *, url: str, engine: str | None = None) -> None:
+        self._requests = Requests(connection)
+        self._fast = FastUploads(self._requests, is_wanted=engine != "s3fs", is_needed=engine == "obstore")
+        self._url = url
+        self.is_conditional = True
+        self._is_proven = False
+
+    def upload(self, path: str, chunks: Iterable[Buffer], num_bytes: int | None) -> int:
+        """Write an object, by obstore where it is installed and can be given the same settings."""
+        send = self._fast.ready(path)
+        if send is not None:
+            return send(path, chunks, num_bytes)
+        return uploads.upload(self._requests, path, chunks, num_bytes)
+
+    def create(self, path: str, data: bytes) -> None:
+        """Write a small object in one request unless it exists.
+
+        The first one is sent twice, unless to Amazon: a server that takes the second one ignores the condition. It
+        has the same bytes, so nothing is changed by it.
+        """
+        if not self.is_conditional:
+            self._put(path, data)
+            return
+        try:
+            self._put(path, data, IfNoneMatch="*")
+        except OSError as error:
+            if server_code(error) not in _NO_CONDITIONS:
+                raise
+            self._warn_of("has no create-only PUT")
+            self._put(path, data)
+            return
+        if not self._is_proven and not self._requests.is_amazon:
+            self._prove(path, data)
+        self._is_proven = True
+
+    def _put(self, path: str, data: bytes, **condition: Any) -> None:
+        bucket, key = uploads.place(self._requests, path)
+        checksum = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        self._requests.call("put_object", Bucket=bucket, Key=key, Body=data, ContentMD5=checksum, **condition)
+
+    def _prove(self, path: str, data: bytes) -> None:
+        try:
+            self._put(path, data, IfNoneMatch="*")
+        except Exception as error:  # noqa: BLE001 - what was to be written is written
+            logger.debug("%s refuses to replace: %s", self._url, server_code(error))
+        else:
+            self._warn_of("ignores the condition of a create-only PUT")
+
+    def _warn_of(self, what: str) -> None:
+        self.is_conditional = False
+        logger.warning("%s %s: never let two jobs share a directory there", self._url, what)
+
+    def peek(self, path: str, limit_bytes: int) -> bytes | None:
+        """Return an object's first bytes; None if there is no such object."""
+        bucket, key = uploads.place(self._requests, path)
+
+        async def attempt() -> bytes:
+            answer = await self._requests.once("get_object", Bucket=bucket, Key=key, Range=f"bytes=0-{limit_bytes - 1}")
+            async with answer["Body"] as body:
+                data = bytes(await body.read())
+            if len(data) != int(answer.get("ContentLength", len(data))):
+                raise BrokenAnswerError(f"the answer ended after {len(data):,} bytes")
+            if "ContentRange" not in answer and _ERROR.match(data):
+                raise BrokenAnswerError("an error inside a good answer")
+            return data[:limit_bytes]
+
+        try:
+            return self._requests.run(self._requests.patiently(attempt))
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            if server_code(error) in RANGE_CODES:
+                return b""  # an empty object has no first byte
+            raise
+
+    def download(self, path: str, start: int, into: Sequence[memoryview]) -> None:
+        """Fill the views of `into` from byte `start` on, several requests at once."""
+        bucket, key = uploads.place(self._requests, path)
+        self._requests.run(downloads.download(self._requests, bucket, key, start, into))
+
+    def find(self, prefix: str) -> Iterator[tuple[str, int, float]]:
+        """Yield every object below the folder `prefix`, one request for each thousand."""
+        bucket, key = uploads.place(self._requests, prefix)
+        page: dict[str, Any] = {}
+        while True:
+            answer = self._requests.call("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **page)
+            for found in answer.get("Contents", []):
+                yield f"{bucket}/{found['Key']}", int(found["Size"]), found["LastModified"].timestamp()
+            token = answer.get("NextContinuationToken")
+            if not answer.get("IsTruncated") or not token:
+                return
+            page = {"ContinuationToken": token}
+
+    def remove(self, paths: Sequence[str]) -> None:
+        """Delete objects, one request for each, several at once.
+
+        Not S3's bulk call: some servers do not have it, and its errors come file by file inside a good answer.
+        """
+        places = [uploads.place(self._requests, path) for path in paths]
+
+        async def gone(bucket: str, key: str) -> dict[str, Any]:
+            return await self._requests.once("delete_object", Bucket=bucket, Key=key)
+
+        async def all_of_them() -> None:
+            answers = await asyncio.gather(
+                *(self._requests.patiently(functools.partial(gone, bucket, key)) for bucket, key in places),
+                return_exceptions=True,
+            )
+            for answer in answers:
+                if isinstance(answer, BaseException) and server_code(answer) != "NoSuchKey":
+                    raise answer
+
+        self._requests.run(all_of_them())
+
+    def uploads(self, prefix: str) -> list[Upload]:
+        """Return the unfinished uploads below the folder `prefix`."""
+        bucket, key = uploads.place(self._requests, prefix)
+        return list(uploads.unfinished(self._requests, bucket, f"{key}/" if key else ""))
+
+    def abort(self, upload: Upload) -> None:
+        """Abort an unfinished upload."""
+        uploads.abort(self._requests, upload)

@@ -1,0 +1,111 @@
+"""Writes past the page cache put the same bytes into the file, whatever does not fit."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distckpt.errors import StorageError
+from distckpt.storage import LocalStorage, direct
+
+
+def aligned(num_bytes: int) -> memoryview:
+    memory = mmap.mmap(-1, max(num_bytes, 1))
+    memory.write(os.urandom(num_bytes))
+    return memoryview(memory)[:num_bytes]
+
+
+def written(path: Path, chunks: list[memoryview]) -> bytes:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        *_, total = direct.write(fd, chunks)
+        assert not direct.is_direct(fd)
+    finally:
+        os.close(fd)
+    assert total == sum(map(len, chunks))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[4096], [8192, 4096, 100], [4096, 5000, 4096, 3], [1, 4096], [0, 4096, 0], [1 << 20] * 9, [4095, 1, 4096]],
+    ids=str,
+)
+def test_the_file_holds_the_chunks(tmp_path: Path, sizes: list[int]):
+    chunks = [aligned(size) for size in sizes]
+    assert written(tmp_path / "file", chunks) == b"".join(chunks)
+
+
+def test_memory_that_is_not_aligned_is_written_too(tmp_path: Path):
+    memory = aligned(64 << 10)
+    chunks = [memory[:8192], memory[8193 : 8193 + 8192], memory[16384:32768]]
+    assert written(tmp_path / "file", chunks) == b"".join(chunks)
+
+
+def test_the_probe_leaves_nothing_behind_and_answers(tmp_path: Path):
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert direct.is_worth_it(fd) in (True, False)
+    finally:
+        os.close(fd)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def going_direct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+    monkeypatch.setattr(direct, "LEAST_BYTES", 1)
+    monkeypatch.setattr(direct, "is_worth_it", lambda _fd: True)
+    return LocalStorage(tmp_path / "run")
+
+
+def test_a_storage_that_goes_direct_puts_the_same_file(going_direct: LocalStorage):
+    chunks = [aligned(8192), aligned(4096), aligned(777)]
+    assert going_direct.put("a/file", iter(chunks), num_bytes=8192 + 4096 + 777) == 13065
+    assert (going_direct.root / "a/file").read_bytes() == b"".join(chunks)
+
+
+def test_chunks_that_fail_leave_no_file(going_direct: LocalStorage):
+    def chunks() -> Iterator[memoryview]:
+        yield aligned(8192)
+        raise RuntimeError("the GPU is gone")
+
+    with pytest.raises(RuntimeError, match="the GPU is gone"):
+        going_direct.put("a/file", chunks(), num_bytes=16384)
+    assert going_direct.list() == []
+
+
+def test_a_full_disk_says_so(going_direct: LocalStorage, monkeypatch: pytest.MonkeyPatch):
+    def full(_fd: int, _data: memoryview, _offset: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match="No space left"):
+        going_direct.put("a/file", [aligned(8192)], num_bytes=8192)
+    assert going_direct.list() == []
+
+
+def test_a_file_system_that_refuses_at_the_write_is_written_through_the_cache(
+    going_direct: LocalStorage, monkeypatch: pytest.MonkeyPatch
+):
+    real, refused = os.pwrite, []
+
+    def refusing(fd: int, data: memoryview, offset: int) -> int:
+        if direct.is_direct(fd):
+            refused.append(offset)
+            raise OSError(22, "Invalid argument")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refusing)
+    chunks = [aligned(8192), aligned(4096)]
+    going_direct.put("a/file", chunks, num_bytes=12288)
+    assert refused
+    assert (going_direct.root / "a/file").read_bytes() == b"".join(chunks)
+
+
+def test_small_files_do_not_go_direct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(direct, "is_worth_it", lambda _fd: pytest.fail("probed for a small file"))
+    LocalStorage(tmp_path).put("file", [b"x"], num_bytes=1)
