@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= 1
 ITSELF = $(if $(filter .venv $(CURDIR)/.venv,$(VENV)),--editable .)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format bench environment clean
+.PHONY: help train test check format bench bench-gpu environment clean
 .NOTPARALLEL:
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo 'make check           the checks alone: style, types, floors'
 	@echo 'make format          put the code into the house style'
 	@echo 'make bench           every benchmark, beside the peers that install; ARGS="--size full" for larger states'
+	@echo 'make bench-gpu       what is worth measuring on one NVIDIA GPU, in under ten minutes'
 	@echo 'make environment     only make the environment and install'
 	@echo 'make clean           remove the environment in .venv and every cache; runs/ stays'
 	@echo
@@ -62,6 +63,10 @@ format: environment
 bench: environment
 	-$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Not in the environment above: a machine with a GPU has a torch of its own. PYTHON chooses it, WHEELS what it lacks.
+bench-gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh $(ARGS)
 
 # The stamp holds the checksum of the pyproject.toml that was installed: another clone with the same file
 # installs nothing, and a half-made environment has no stamp. The lock keeps two clones from installing at once.

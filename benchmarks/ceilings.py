@@ -1,6 +1,7 @@
 """Ceilings: what the disk and the memory of this machine can do with the same bytes, and nothing else to do.
 
-A raw write ends with an fsync of file and folder, a raw read fills the very tensors that a load fills.
+A raw write ends with an fsync of file and folder, a raw read fills the very tensors that a load fills. Where these lie
+on a GPU, the copies go through pinned memory in one piece.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks.states import State, view
 PIECE_BYTES = 16 << 20
 ALIGNMENT_BYTES = 4096  # what direct writes need at most
 _MOST_BUFFERS = 512  # below the system's limit of buffers a call
-NUM_THREADS = 2
+NUM_THREADS = min(8, len(os.sched_getaffinity(0)))  # of reads and direct writes; also of peers that are tuned
 
 Task = TypeVar("Task")
 
@@ -50,7 +51,7 @@ class RawBytes:
         self._write(path, reserve=True, direct=False)
 
     def write_direct(self, path: Path) -> None:
-        """Write past the page cache, with two threads.
+        """Write past the page cache, with several threads.
 
         Raises:
             OSError: The file system has no direct writes.
@@ -84,20 +85,52 @@ class RawBytes:
 
 
 def write_state(state: State, path: Path) -> None:
-    """Write a state's bytes one after another, for `read_into`; not timed."""
+    """Write a state's bytes one after another, for `RawRead`; not timed."""
     with path.open("wb") as file:
         for tensor in state.tensors().values():
-            file.write(view(tensor))
+            file.write(view(tensor.cpu()))
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_into(state: State, path: Path) -> None:
-    """Fill a state's tensors from a file that `write_state` wrote, with two threads and large reads."""
+class RawRead:
+    """A read of a file that `write_state` wrote into a state's tensors, with several threads and large reads.
+
+    Args:
+        state: What is filled.
+        part: Of several ranks, which one this is; each begins with a part of its own, so that the device is read once.
+        num_parts: The number of ranks.
+    """
+
+    def __init__(self, state: State, *, part: int = 0, num_parts: int = 1) -> None:
+        self._state = state
+        self._host: list[torch.Tensor] = []
+        if state.device == "cuda":
+            self._host = [torch.empty_like(each, device="cpu").pin_memory() for each in state.tensors().values()]
+        self._part, self._num_parts = part, num_parts
+
+    def read(self, path: Path) -> None:
+        """Fill the tensors, which may be others than at the time before: some peers replace them."""
+        tensors = [tensor.detach() for tensor in self._state.tensors().values()]
+        tasks = _reads([view(each) for each in self._host or tensors])
+        first = self._part * len(tasks) // self._num_parts
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            _spread(
+                lambda task: _read_full(fd, task[0], task[1]), tasks[first:] + tasks[:first], num_threads=NUM_THREADS
+            )
+        finally:
+            os.close(fd)
+        if self._host:
+            torch._foreach_copy_(tensors, self._host, non_blocking=True)
+            torch.cuda.synchronize()
+
+
+def _reads(memory: Sequence[memoryview]) -> list[tuple[int, list[memoryview]]]:
+    """Return what to read in one call each: a place in the file, and the memory that it fills."""
     tasks: list[tuple[int, list[memoryview]]] = []
     offset, room = 0, 0
-    for tensor in state.tensors().values():
-        whole = view(tensor)
+    for whole in memory:
         for begin in range(0, len(whole), PIECE_BYTES):
             piece = whole[begin : begin + PIECE_BYTES]
             if len(piece) > room or len(tasks[-1][1]) == _MOST_BUFFERS:
@@ -106,11 +139,7 @@ def read_into(state: State, path: Path) -> None:
             tasks[-1][1].append(piece)
             room -= len(piece)
             offset += len(piece)
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        _spread(lambda task: _read_full(fd, task[0], task[1]), tasks, num_threads=NUM_THREADS)
-    finally:
-        os.close(fd)
+    return tasks
 
 
 def _read_full(fd: int, offset: int, buffers: list[memoryview]) -> None:
@@ -142,13 +171,20 @@ def _spread(work: Callable[[Task], None], tasks: Sequence[Task], *, num_threads:
 class MemoryCopy:
     """One copy of a state in memory that is warm: what the stall of a background save cannot go below.
 
+    From a GPU it is one copy of as many bytes, in one piece, to pinned memory.
+
     Args:
         tensors: What is copied.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._from = [tensor.detach() for tensor in tensors]
-        flat = torch.ones(sum(tensor.nbytes for tensor in self._from) + 64 * len(self._from), dtype=torch.uint8)
+        num_bytes = sum(-(-tensor.nbytes // 64) * 64 for tensor in self._from)
+        self._is_cuda = any(tensor.is_cuda for tensor in self._from)
+        flat = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=self._is_cuda)
+        if self._is_cuda:
+            self._from, self._to = [torch.ones(num_bytes, dtype=torch.uint8, device="cuda")], [flat]
+            return
         self._to, offset = [], 0
         for tensor in self._from:
             self._to.append(flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
@@ -157,7 +193,9 @@ class MemoryCopy:
     def copy(self, *, num_times: int = 1) -> None:
         """Copy everything, so many times over."""
         for _ in range(num_times):
-            torch._foreach_copy_(self._to, self._from)
+            torch._foreach_copy_(self._to, self._from, non_blocking=self._is_cuda)
+        if self._is_cuda:
+            torch.cuda.synchronize()
 
 
 def timed(work: Callable[[], object]) -> float:

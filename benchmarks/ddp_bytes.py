@@ -4,32 +4,39 @@
     python -m benchmarks.ddp_bytes --ranks 2 --states vgg16 --size full
 
 The state is replicated, as DDP has it. More ranks than cores are fine: bytes do not depend on how fast they go.
+What is staged is counted where torch copies tensors on the thread that calls the save; memory is what the kernel saw.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import options, states
-from benchmarks.contenders.background import BackgroundSaver, openable
+from benchmarks import options
+from benchmarks.async_stall import cleared, made
+from benchmarks.contenders.background import RAW, Maker, openable
 from benchmarks.contenders.synchronous import Saver, open_savers
 from benchmarks.disk import forget, remove
 from benchmarks.kernel import counters, most_memory_bytes, reset_most_memory
 from benchmarks.options import Options, facts_of
-from benchmarks.report import Column, Report
+from benchmarks.report import Report
 from benchmarks.rounds import Cell, Rules, interleave
+from benchmarks.staged import CopiedBytes
 from benchmarks.states import State
+from benchmarks.targets import Column
 from benchmarks.team import Team
 
+ROOM_BYTES = 64 << 20  # what a rank may need beyond its share
+BACKGROUND = "distckpt, background"
 ABOUT = "bytes of each rank, against the state's"
 
 
 def measure(options: Options, team: Team) -> None:
     """Measure every state."""
     for name in options.states:
-        measure_state(states.make(name, options.size), options, team)
+        measure_state(options.make(name), options, team)
 
 
 def measure_state(state: State, options: Options, team: Team) -> None:
@@ -40,7 +47,7 @@ def measure_state(state: State, options: Options, team: Team) -> None:
     for name, saver in savers.items():
         cells[name] = bytes_cell(state, saver, options.directory / f"a-{len(cells)}", team)
     for name, make in makers.items():
-        if not name.startswith("raw"):
+        if name != RAW:
             cells[f"{name}, background"] = background_cell(state, make, options.directory / f"b-{len(cells)}", team)
     run = interleave(cells, team=team, rules=Rules(num_rounds=1))
     for saver in savers.values():
@@ -49,18 +56,54 @@ def measure_state(state: State, options: Options, team: Team) -> None:
         benchmark="ddp_bytes",
         about=ABOUT,
         facts={**facts_of(state, options, team), "share": f"{1 / team.world_size:.3f}"},
-        columns=[
-            Column(title="host memory of a rank / state", measure="memory_ratio"),
-            Column(title="written / state", measure="written_ratio"),
-            Column(title="written, largest / mean", measure="balance"),
-            Column(title="read by all / state", measure="read_ratio"),
-            Column(title="wire of a rank, bytes", measure="wire_of_a_rank"),
-        ],
+        columns=columns(team.world_size, has_targets=state.name != "small"),
         run=run,
         absent={**absent, **{f"{name}, background": why for name, why in not_made.items()}},
+        own=("distckpt", BACKGROUND),
     )
     if team.rank == 0:
         report.give(options.results)
+
+
+def columns(num_ranks: int, *, has_targets: bool) -> list[Column]:
+    """Return the table's columns and their targets; small tensors are smaller than what is said of them."""
+    found = [
+        Column(
+            title="staged by a rank / state",
+            measure="staged_ratio",
+            target=1 / num_ranks + 0.01,
+            aim=1 / num_ranks,
+            figure=f"bytes staged per rank of {num_ranks} / state",
+            of=[BACKGROUND],
+        ),
+        Column(title="host memory of a rank / state", measure="memory_ratio"),
+        Column(
+            title="/ (share + 64 MiB)",
+            measure="memory_of_limit",
+            target=1.0,
+            figure="host memory beyond the model, per rank / (share + 64 MiB)",
+            of=[BACKGROUND],
+        ),
+        Column(title="written / state", measure="written_ratio"),
+        Column(
+            title="written, largest / mean",
+            measure="balance",
+            target=1.02,
+            aim=1.00,
+            figure="bytes written per rank, largest / mean",
+            of=["distckpt"],
+        ),
+        Column(
+            title="read by all / state",
+            measure="read_ratio",
+            target=1.01,
+            aim=1.00,
+            figure="bytes read from the device by a restore / state",
+            of=["distckpt"],
+        ),
+        Column(title="wire of a rank, bytes", measure="wire_of_a_rank"),
+    ]
+    return found if has_targets else [replace(column, target=None) for column in found]
 
 
 def bytes_cell(state: State, saver: Saver, directory: Path, team: Team) -> Cell:
@@ -97,25 +140,28 @@ def bytes_cell(state: State, saver: Saver, directory: Path, team: Team) -> Cell:
     return cell
 
 
-def background_cell(state: State, make: Callable[[State, Team], BackgroundSaver], directory: Path, team: Team) -> Cell:
-    """Return a cell: how much more memory a rank needs while it saves in the background."""
+def background_cell(state: State, make: Maker, directory: Path, team: Team) -> Cell:
+    """Return a cell: how much more memory a rank needs for its first save, and what it copies for its second."""
 
     def cell() -> Mapping[str, float]:
-        if team.rank == 0:
-            directory.mkdir()
-        team.barrier()
         reset_most_memory()
         before = most_memory_bytes()
-        saver = make(state, team)
+        saver = made(make, state, team, directory)
         try:
             saver.start(directory / "step-000000000001")
             saver.finish()
+            more = max(team.gather(most_memory_bytes() - before))
+            with CopiedBytes() as copied:
+                saver.start(directory / "step-000000000002")
+            saver.finish()
         finally:
             saver.close()
-        more = max(team.gather(most_memory_bytes() - before))
-        if team.rank == 0:
-            remove(directory)
-        return {"memory_ratio": more / state.num_bytes}
+        staged = max(team.gather(copied.num_bytes))
+        cleared(directory, team)
+        share = state.num_bytes / team.world_size
+        ratios = {"memory_ratio": more / state.num_bytes, "memory_of_limit": more / (share + ROOM_BYTES)}
+        # Who copies by other means, or in another process, is not seen to copy at all.
+        return {**ratios, "staged_ratio": staged / state.num_bytes} if staged else ratios
 
     return cell
 

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from benchmarks import options
 from benchmarks.ceilings import MemoryCopy, timed
 from benchmarks.options import Options
-from benchmarks.report import Column, Report
+from benchmarks.report import Report
 from benchmarks.rounds import Cell, interleave
+from benchmarks.targets import Column
 from benchmarks.team import Team
 from distckpt.shards import own_share
 
@@ -69,6 +70,7 @@ def measure_tensors(num_tensors: int, world_sizes: Sequence[int], options: Optio
         facts={"size": options.size, "tensors": num_tensors},
         columns=[*plan_columns, Column(title="pickled plan of a rank, kB", measure="wire", scale=1e-3)],
         run=run,
+        limits=("memory copy",),
         absent={"DCP": f"at {skipped} ranks: above {MOST_DCP_ITEMS:,} items its merge takes too long"}
         if skipped
         else {},

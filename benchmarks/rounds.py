@@ -12,6 +12,7 @@ import os
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ from benchmarks.team import Team
 
 Cell = Callable[[], Mapping[str, float]]
 Measured = Mapping[str, Mapping[str, float]]
+
+LEAST_ROUNDS = 3  # of a run that was cut short
 
 # What several ranks measure becomes one value: a duration is that of the slowest, work and bytes add up.
 _SUMMED = ("cpu_s", "_bytes")
@@ -47,11 +50,13 @@ class Rules:
         num_rounds: How many good rounds are wanted; up to twice as many are run to get them.
         max_noise: How far a reference may stray from its median in a good round, as a fraction of it.
         seed: What the orders are drawn from.
+        limit_s: Seconds after which no further round begins; the first always does.
     """
 
     num_rounds: int = 5
     max_noise: float = 0.25
     seed: int = 0
+    limit_s: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +85,22 @@ class Run:
     @property
     def is_too_noisy(self) -> bool:
         """Whether there are too few good rounds for a number."""
-        return len(self.good) < self.rules.num_rounds
+        return len(self.good) < self._num_needed
+
+    @property
+    def _num_needed(self) -> int:
+        """How many good rounds make a number; a run that its time limit has cut short is content with few."""
+        num_rounds = self.rules.num_rounds
+        return min(num_rounds, LEAST_ROUNDS) if len(self.rounds) < 2 * num_rounds else num_rounds
 
     @property
     def verdict(self) -> str:
         """One line on how far the run can be believed."""
         noise = ", ".join(f"{name} {self._noise(name, measure):.0%}" for name, measure in self.references)
         counted = f"{len(self.good)} of {len(self.rounds)} rounds were still (references strayed up to: {noise or '-'})"
-        return f"too noisy: {counted}, {self.rules.num_rounds} are needed" if self.is_too_noisy else counted
+        if self.is_too_noisy:
+            return f"too noisy: {counted}, {self._num_needed} are needed"
+        return counted if len(self.good) >= self.rules.num_rounds else f"{counted}; cut short by its time limit"
 
     def _noise(self, name: str, measure: str) -> float:
         values = [each[name][measure] for each in self.rounds if measure in each.get(name, {})]
@@ -144,6 +157,7 @@ def interleave(
         All rounds. A contender that raised is out from then on; its error is kept.
     """
     order = random.Random(rules.seed)
+    deadline = time.monotonic() + rules.limit_s
     rounds: list[Measured] = []
     failed: dict[str, str] = {}
     loads: list[float] = []
@@ -162,7 +176,7 @@ def interleave(
         if team.rank == 0:
             print(f"  round {len(rounds)}, load average {loads[-1]:.1f}", file=sys.stderr, flush=True)
         enough = len(good_rounds(rounds, references, max_noise=rules.max_noise)) >= rules.num_rounds
-        if team.agree(enough):
+        if team.agree(enough or time.monotonic() > deadline):
             break
     return Run(rounds=tuple(rounds), references=tuple(references), rules=rules, failed=failed, loads=tuple(loads))
 

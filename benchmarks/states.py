@@ -14,6 +14,7 @@ import xxhash
 from torch import nn
 
 Size = Literal["tiny", "moderate", "full"]
+Device = Literal["cpu", "cuda"]
 
 MODERATE = ("resnet50", "small")
 FULL = ("resnet50", "small", "vgg16", "gpt2-medium")
@@ -26,12 +27,14 @@ class State:
     Attributes:
         name: Its name.
         objects: What a user would name: modules, optimizers, tensors.
-        train: One step of training.
+        train: One step of training; on a GPU it ends when the device is done, as in a loop that looks at its loss.
+        device: Where its tensors lie.
     """
 
     name: str
     objects: dict[str, Any]
     train: Callable[[], None]
+    device: Device = "cpu"
 
     def tree(self) -> dict[str, Any]:
         """Return the state as `state_dict()` gives it: nested, sharing its memory."""
@@ -39,7 +42,7 @@ class State:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return every tensor by its path, sharing its memory."""
-        return dict(_walk(self.tree(), ""))
+        return named_tensors(self.tree())
 
     @property
     def num_bytes(self) -> int:
@@ -57,13 +60,18 @@ class State:
         hasher = xxhash.xxh3_128()
         for name, tensor in sorted(self.tensors().items()):
             hasher.update(name.encode())
-            hasher.update(view(tensor))
+            hasher.update(view(tensor.cpu()))
         return str(hasher.hexdigest())
 
 
 def view(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def named_tensors(tree: Any) -> dict[str, torch.Tensor]:
+    """Return every tensor of a tree by its path, sharing its memory."""
+    return dict(_walk(tree, ""))
 
 
 def _walk(tree: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -79,28 +87,24 @@ def _walk(tree: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield from _walk(child, f"{path}.{key}" if path else str(key))
 
 
-def names(size: Size) -> tuple[str, ...]:
-    """Return the states that belong to a size."""
-    return FULL if size == "full" else MODERATE
-
-
-def make(name: str, size: Size) -> State:
+def make(name: str, size: Size, *, device: Device = "cpu", parallel: bool = False) -> State:
     """Return a state, after one step of training so that the optimizer has its tensors; the same on every rank.
+
+    With `parallel` its model stands in DistributedDataParallel, on the default process group.
 
     Raises:
         ValueError: There is no such state.
     """
-    torch.manual_seed(0)
     tiny = size == "tiny"
     match name:
         case "resnet50":
-            state = _classifier(name, "shufflenet_v2_x0_5" if tiny else "resnet50", _adamw)
+            state = _classifier(name, "shufflenet_v2_x0_5" if tiny else "resnet50", _adamw, device, parallel)
         case "vgg16":
-            state = _classifier(name, "squeezenet1_1" if tiny else "vgg16", _momentum)
+            state = _classifier(name, "squeezenet1_1" if tiny else "vgg16", _momentum, device, parallel)
         case "gpt2-medium":
-            state = _language_model(name, tiny=tiny)
+            state = _language_model(name, tiny=tiny, device=device, parallel=parallel)
         case "small":
-            state = _small(name, num_tensors=200 if tiny else 20_000)
+            state = small_tensors(200 if tiny else 20_000, device=device)
         case _:
             raise ValueError(f"no state {name!r}; there are {', '.join(FULL)}")
     state.train()
@@ -115,21 +119,37 @@ def _momentum(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
 
-def _classifier(name: str, architecture: str, optimize: Callable[[nn.Module], torch.optim.Optimizer]) -> State:
-    """Return a torchvision model that is trained on small images, so that a step is shorter than a save."""
+def _classifier(
+    name: str, architecture: str, optimize: Callable[[nn.Module], torch.optim.Optimizer], device: Device, parallel: bool
+) -> State:
+    """Return a torchvision model; on a CPU it sees small images, so that a step is shorter than a save."""
     import torchvision
 
+    torch.manual_seed(0)
     options = {"init_weights": False} if architecture.startswith("vgg") else {}
-    model = torchvision.models.get_model(architecture, **options)
+    model = _placed(torchvision.models.get_model(architecture, **options), device, parallel)
     optimizer = optimize(model)
-    images, labels = torch.randn(4, 3, 32, 32), torch.randint(0, 1000, (4,))
+    num_images, edge = (64, 224) if device == "cuda" else (4, 32)
+    images = torch.randn(num_images, 3, edge, edge, device=device)
+    labels = torch.randint(0, 1000, (num_images,), device=device)
 
     def train() -> None:
         optimizer.zero_grad()
         torch.autograd.backward(nn.functional.cross_entropy(model(images), labels))
         optimizer.step()
+        _end_step(device)
 
-    return State(name=name, objects={"model": model, "optimizer": optimizer}, train=train)
+    return State(name=name, objects={"model": model, "optimizer": optimizer}, train=train, device=device)
+
+
+def _placed(model: nn.Module, device: Device, parallel: bool) -> nn.Module:
+    model = model.to(device)
+    return nn.parallel.DistributedDataParallel(model) if parallel else model
+
+
+def _end_step(device: Device) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 class _LanguageModel(nn.Module):
@@ -147,32 +167,38 @@ class _LanguageModel(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return a score for each next token."""
         length = tokens.shape[1]  # tokens: [batch, length] int64
-        mask = nn.Transformer.generate_square_subsequent_mask(length)
-        hidden = self.tokens(tokens) + self.places(torch.arange(length))
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=tokens.device)
+        hidden = self.tokens(tokens) + self.places(torch.arange(length, device=tokens.device))
         return nn.functional.linear(self.layers(hidden, mask=mask, is_causal=True), self.tokens.weight)
 
 
-def _language_model(name: str, *, tiny: bool) -> State:
+def _language_model(name: str, *, tiny: bool, device: Device, parallel: bool) -> State:
+    torch.manual_seed(0)
     medium = {"width": 1024, "num_layers": 24, "num_heads": 16, "vocabulary": 50_257, "context": 1024}
     small = {"width": 64, "num_layers": 2, "num_heads": 2, "vocabulary": 500, "context": 64}
-    model = _LanguageModel(**(small if tiny else medium))
+    model = _placed(_LanguageModel(**(small if tiny else medium)), device, parallel)
     optimizer = _adamw(model)
-    tokens = torch.randint(0, 500, (1, 17))
+    num_texts, length = (8, 512) if device == "cuda" and not tiny else (1, 16)
+    tokens = torch.randint(0, 500, (num_texts, length + 1), device=device)
 
     def train() -> None:
         optimizer.zero_grad()
         scores = model(tokens[:, :-1])
         torch.autograd.backward(nn.functional.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten()))
         optimizer.step()
+        _end_step(device)
 
-    return State(name=name, objects={"model": model, "optimizer": optimizer}, train=train)
+    return State(name=name, objects={"model": model, "optimizer": optimizer}, train=train, device=device)
 
 
-def _small(name: str, *, num_tensors: int) -> State:
-    tensors = {f"group{i // 100}.tensor{i}": torch.randn(64) for i in range(num_tensors)}
-    matrix = torch.randn(256, 256)
+def small_tensors(num_tensors: int, *, device: Device = "cpu") -> State:
+    """Return a state of so many tensors of 256 bytes, whose training changes none of them."""
+    torch.manual_seed(0)
+    tensors = {f"group{i // 100}.tensor{i}": torch.randn(64, device=device) for i in range(num_tensors)}
+    matrix = torch.randn(256, 256, device=device)
 
     def train() -> None:
         matrix.matmul(matrix)
+        _end_step(device)
 
-    return State(name=name, objects={"tensors": tensors}, train=train)
+    return State(name="small", objects={"tensors": tensors}, train=train, device=device)

@@ -1,28 +1,57 @@
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import Any
 
-from benchmarks.plots import bars, newest, title
+import pytest
+
+from benchmarks.plots import QUESTIONS, Question, draw, panels, split
+
+SAVE = Question(name="save", benchmark="local_save", measures={"save_s": ""}, text="How long?")
 
 
-def run(time: str, **facts: Any) -> dict[str, Any]:
+def figure(contender: str, median: float, **others: Any) -> dict[str, Any]:
+    spread = {"median": median, "low": median / 2, "high": median * 2}
+    return {"contender": contender, "measure": "save_s", **spread, **others}
+
+
+def line(**facts: Any) -> dict[str, Any]:
     figures = [
-        {"contender": "peer", "measure": "save_s", "median": 2.0, "low": 1.0, "high": 3.0},
-        {"contender": "distckpt", "measure": "save_s", "median": 1.0, "low": 0.5, "high": 4.0},
-        {"contender": "distckpt", "measure": "cpu_s", "median": 9.0, "low": 9.0, "high": 9.0},
+        figure("peer", 2.0, ceiling="raw/save_s"),
+        figure("distckpt", 1.0, ceiling="raw/save_s"),
+        figure("raw", 0.5),
+        figure("raw, direct", 0.7),
+        figure("distckpt", 9.0, measure="cpu_s"),
     ]
-    return {"time": time, "too_noisy": False, "state": "small", "bytes": 5e6, "figures": figures, **facts}
+    return {"state": "vgg16", "limits": ["raw", "raw, direct"], "figures": figures, **facts}
 
 
-def test_the_newest_run_of_each_kind_is_drawn_unless_it_was_too_noisy() -> None:
-    lines = [run("1", ranks=1), run("2", ranks=2), run("3", ranks=1), run("4", ranks=1, too_noisy=True)]
-    assert [each["time"] for each in newest([json.dumps(line) for line in lines])] == ["3", "2"]
+def test_bars_stand_in_order_and_the_ceiling_is_none_of_them() -> None:
+    bars, limit = split(line(), "save_s")
+    assert bars == [("distckpt", 1.0, 0.5, 2.0), ("peer", 2.0, 1.0, 4.0)]
+    assert limit == (0.5, "raw")
 
 
-def test_bars_stand_in_order() -> None:
-    assert bars(run("1"), "save_s") == [("distckpt", 1.0, 0.5, 4.0), ("peer", 2.0, 1.0, 3.0)]
+def test_each_cache_and_number_of_ranks_has_a_panel() -> None:
+    lines = [line(ranks=2, cache="cold"), line(ranks=1, cache="cold"), line(ranks=2, cache="warm")]
+    assert [panel.title for panel in panels(SAVE, lines)] == [
+        "warm cache, 2 ranks",
+        "cold cache, 1 rank",
+        "cold cache, 2 ranks",
+    ]
 
 
-def test_a_title_says_what_was_measured() -> None:
-    assert title(run("1", ranks=2, cache="cold"), "Seconds") == "Seconds\nsmall, 5 MB, 2 ranks, cold cache"
+def test_a_measure_that_nobody_has_makes_no_panel() -> None:
+    assert panels(SAVE, [line(figures=[])]) == []
+
+
+def test_each_question_has_a_file_of_its_own() -> None:
+    assert len({question.name for question in QUESTIONS}) == len(QUESTIONS)
+
+
+def test_a_picture_is_800_pixels_wide(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    draw(SAVE, panels(SAVE, [line(ranks=1), line(ranks=2)]), "vgg16", tmp_path / "save.png")
+    data = (tmp_path / "save.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(data[16:20], "big") == 800

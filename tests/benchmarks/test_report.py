@@ -3,11 +3,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.report import Column, Report, aligned, commit, machine, versions
+from benchmarks.machine import commit, machine, versions
+from benchmarks.report import Report, aligned
 from benchmarks.rounds import Rules, Run
+from benchmarks.targets import Column
 
 COLUMNS = [
-    Column(title="save s", measure="save_s", ceiling=[("raw", "save_s"), ("raw, direct", "save_s")], target=1.2),
+    Column(
+        title="save s",
+        measure="save_s",
+        ceiling=[("raw", "save_s"), ("raw, direct", "save_s")],
+        target=1.2,
+        aim=1.05,
+        figure="save / raw write",
+    ),
     Column(title="MB", measure="written_bytes", scale=1e-6),
 ]
 
@@ -27,7 +36,13 @@ def report(*, direct: tuple[float, ...] = (0.5, 0.5, 0.5), save_s: float = 0.55)
     run = Run(rounds=rounds, references=(("raw, direct", "save_s"),), rules=rules, failed=failed, loads=(0.1, 0.2, 0.3))
     facts = {"state": "small", "ranks": 1}
     return Report(
-        benchmark="saving", about="seconds", facts=facts, columns=COLUMNS, run=run, absent={"away": "ImportError: no"}
+        benchmark="saving",
+        about="seconds",
+        facts=facts,
+        columns=COLUMNS,
+        run=run,
+        absent={"away": "ImportError: no"},
+        limits=("raw", "raw, direct"),
     )
 
 
@@ -47,8 +62,10 @@ def test_each_figure_stands_beside_its_ratio_to_the_best_ceiling() -> None:
 
 
 def test_a_target_is_said_to_be_reached_or_not() -> None:
-    assert "target  distckpt, save s: 1.1 of at most 1.2: reached" in report().table()
-    assert "target  distckpt, save s: 1.4 of at most 1.2: BEHIND" in report(save_s=0.7).table()
+    start = "target  distckpt, save / raw write: "
+    assert f"{start}1.1 of at most 1.2 (aim 1.05): reached; ahead: 0.275 x the best peer, peer" in report().table()
+    assert f"{start}1.02 of at most 1.2 (aim 1.05): aim reached" in report(save_s=0.51).table()
+    assert f"{start}1.4 of at most 1.2 (aim 1.05): BEHIND" in report(save_s=0.7).table()
 
 
 def test_who_failed_and_who_is_away_stands_in_the_table_with_the_reason() -> None:
@@ -80,6 +97,8 @@ def test_a_json_line_says_what_was_measured_on_what(tmp_path: Path) -> None:
     assert (figure["median"], figure["ceiling"]) == (0.55, "raw, direct/save_s")
     assert round(figure["ratio"], 6) == 1.1
     assert body["failed"].keys() == {"broken"}
+    [verdict] = body["targets"]
+    assert (verdict["word"], verdict["best_peer"], verdict["target"]) == ("reached", "peer", 1.2)
 
 
 def test_columns_are_as_wide_as_they_need() -> None:

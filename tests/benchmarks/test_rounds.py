@@ -76,6 +76,24 @@ def test_a_run_with_too_few_still_rounds_is_too_noisy() -> None:
     assert not run_of(1.0, 1.0, 1.0).is_too_noisy
 
 
+def test_a_run_that_its_time_limit_has_cut_short_is_content_with_three_rounds_and_says_so() -> None:
+    def cut(*copies: float) -> Run:
+        rules = Rules(num_rounds=5, max_noise=0.25)
+        return Run(rounds=tuple({"copy": {"s": copy}} for copy in copies), references=COPY, rules=rules)
+
+    assert not cut(1.0, 1.0, 1.0).is_too_noisy
+    assert cut(1.0, 1.0, 1.0).verdict.endswith("cut short by its time limit")
+    assert cut(1.0, 1.0, 9.0).is_too_noisy
+    assert cut(*[1.0] * 4, *[9.0] * 3, *[0.1] * 3).is_too_noisy
+    assert "cut short" not in cut(*[1.0] * 5).verdict
+
+
+def test_no_round_begins_after_the_time_limit_but_the_first() -> None:
+    cells = {"copy": counting(1.0)}
+    run = interleave(cells, team=Alone(), rules=Rules(num_rounds=4, limit_s=0.0))  # type: ignore[arg-type]
+    assert len(run.rounds) == 1
+
+
 def test_a_ratio_pairs_what_was_measured_in_the_same_round() -> None:
     run = run_of(1.0, 1.0, 1.0, saver=[2.0, 20.0, 4.0], raw=[1.0, 10.0, 1.0])
     found = run.ratio("saver", "s", ("raw", "s"))

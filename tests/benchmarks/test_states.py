@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import states
-from benchmarks.ceilings import ALIGNMENT_BYTES, PIECE_BYTES, MemoryCopy, RawBytes, read_into, write_state
+from benchmarks.ceilings import ALIGNMENT_BYTES, PIECE_BYTES, MemoryCopy, RawBytes, RawRead, write_state
 
 
 @pytest.fixture(scope="module", params=states.FULL)
@@ -40,12 +40,36 @@ def test_scrambling_is_found_out_and_a_raw_read_brings_all_back(state: states.St
     write_state(state, tmp_path / "raw")
     state.scramble()
     assert state.digest() != before
-    read_into(state, tmp_path / "raw")
+    RawRead(state).read(tmp_path / "raw")
+    assert state.digest() == before
+
+
+def test_ranks_that_begin_elsewhere_read_the_same(state: states.State, tmp_path: Path) -> None:
+    before = state.digest()
+    write_state(state, tmp_path / "raw")
+    for part in range(3):
+        state.scramble()
+        RawRead(state, part=part, num_parts=3).read(tmp_path / "raw")
+        assert state.digest() == before
+
+
+def test_a_raw_read_fills_the_tensors_that_a_state_has_now(tmp_path: Path) -> None:
+    state = states.make("small", "tiny")
+    before = state.digest()
+    write_state(state, tmp_path / "raw")
+    reader = RawRead(state)
+    tensors = state.objects["tensors"]
+    tensors.update({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+    reader.read(tmp_path / "raw")
     assert state.digest() == before
 
 
 def test_a_state_is_the_same_when_it_is_made_again() -> None:
     assert states.make("small", "tiny").digest() == states.make("small", "tiny").digest()
+
+
+def test_small_tensors_are_as_many_as_were_asked_for() -> None:
+    assert len(states.small_tensors(7).tensors()) == 7
 
 
 def test_an_unknown_state_is_named() -> None:
@@ -57,7 +81,7 @@ def test_a_raw_read_stops_at_a_file_that_is_too_short(tmp_path: Path) -> None:
     state = states.make("small", "tiny")
     (tmp_path / "raw").write_bytes(bytes(state.num_bytes - 1))
     with pytest.raises(EOFError):
-        read_into(state, tmp_path / "raw")
+        RawRead(state).read(tmp_path / "raw")
 
 
 @pytest.mark.parametrize("num_bytes", [1, ALIGNMENT_BYTES, PIECE_BYTES + 7])
