@@ -6,7 +6,7 @@ Invariant: nothing is cast; what was read into a tensor of the state itself is n
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,18 +15,44 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from distckpt.errors import DistckptError, StateLoadError, UsageError
-from distckpt.matching import Match, Part, Reference
+from distckpt.matching import Match, Part, Reference, references
 from distckpt.modules import is_stock, plain_names, unwrap
 from distckpt.state import PerRank, kind_of
 from distckpt.tensors import local
 
 
-def apply(matched: Match, staged: Mapping[str, torch.Tensor]) -> None:
-    """Change the state; every byte is known to be good by now.
+def settled(matched: Match, staged: Mapping[str, torch.Tensor]) -> list[Part]:
+    """Return the parts whose tensors are all read in place: what is left of them can be applied while that goes on.
 
     Ranks: any.
     """
-    for part in matched.parts:
+    return [
+        part
+        for part in matched.parts
+        if kind_of(part.slot.value) != "stateful"
+        and all(matched.targets.get(name) is staged[name] for name, _ in references(part.content))
+    ]
+
+
+def apply(
+    matched: Match, staged: Mapping[str, torch.Tensor], *, only: Sequence[Part] | None = None, but: Sequence[Part] = ()
+) -> None:
+    """Change the state; every byte is known to be good by now, but for those of `settled` parts.
+
+    Args:
+        matched: What goes where.
+        staged: What was read, or is read in place.
+        only: The parts to apply; None is all.
+        but: Parts that are applied already.
+
+    Raises:
+        StateLoadError: An object's own method raised.
+
+    Ranks: any.
+    """
+    for part in matched.parts if only is None else only:
+        if any(part is done for done in but):
+            continue
 
         def tensor(reference: Reference) -> Any:
             value = staged[reference.name]
@@ -63,7 +89,9 @@ def _filled(content: Any, tensor: Any) -> Any:
     if type(content) is Reference:
         return tensor(content)
     if isinstance(content, dict):
-        made = {name: _filled(item, tensor) for name, item in content.items()}
+        made = {
+            name: tensor(item) if type(item) is Reference else _filled(item, tensor) for name, item in content.items()
+        }
         return made if type(content) is dict else type(content)(made)
     if isinstance(content, list):
         return [_filled(item, tensor) for item in content]
@@ -147,7 +175,7 @@ def _merged(old: Any, new: Any) -> Any:
         np.copyto(old, new)
         return old
     if type(old) is dict and type(new) is dict:
-        made = {name: _merged(old.get(name), item) for name, item in new.items()}
+        made = {name: item if old.get(name) is item else _merged(old.get(name), item) for name, item in new.items()}
         old.clear()
         old.update(made)
         return old

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,12 +15,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from distckpt import catalog, names, nodecopy
-from distckpt.applying import apply
+from distckpt.applying import apply, settled
 from distckpt.checksum import digest
 from distckpt.datafiles import Reader
 from distckpt.errors import CheckpointDamagedError, StateMismatchError, UsageError
 from distckpt.manifest import Manifest
-from distckpt.matching import Match, Selection, match
+from distckpt.matching import Match, Part, Selection, match
 from distckpt.nodecopy import NodeCopy
 from distckpt.shards import Wanted, read_into, spans
 from distckpt.storage import Readable, Storage
@@ -101,6 +102,7 @@ class Loading:
         self._matched = Match()
         self.changes_state = False
         self._copy: NodeCopy | None = None
+        self._settled: list[Part] = []
         self._filled: dict[str, torch.Tensor] = {}
 
     @property
@@ -137,7 +139,9 @@ class Loading:
         self._reader = self._reader_of(self._storage)
         if self._storage.capabilities.rereads_are_cheap:
             if not request.fresh:
-                self._reader.check(spans(manifest, boxes(self._matched)))
+                self._reader.check(
+                    self._shared_spans() if not self._matched.likes else spans(manifest, boxes(self._matched))
+                )
                 self._check_rest()
             return None
         if self._matched.likes or self._world_size == 1:
@@ -193,9 +197,21 @@ class Loading:
             everywhere = [each for each in wanted if self._is_whole or not names.is_of_rank(each[0])]
             read_into(self._reader_of(self._copy), self.manifest, everywhere)
             wanted = [each for each in wanted if not self._is_whole and names.is_of_rank(each[0])]
-        read_into(self._reader, self.manifest, wanted)
+        if self._request.fresh:
+            self._read_beside(wanted)
+        else:
+            read_into(self._reader, self.manifest, wanted)
         if not fetched and (self._request.fresh or apart):
             self._check_rest()
+
+    def _read_beside(self, wanted: Sequence[Wanted]) -> None:
+        """Read on a thread, and meanwhile apply what does not depend on the bytes."""
+        assert self.manifest is not None
+        with ThreadPoolExecutor(1, thread_name_prefix="distckpt-restore") as other:
+            reading = other.submit(read_into, self._reader, self.manifest, wanted)
+            self._settled = settled(self._matched, self._filled)
+            apply(self._matched, self._filled, only=self._settled)
+            reading.result()
 
     def apply(self) -> None:
         """Give the objects of the state what was read.
@@ -203,7 +219,7 @@ class Loading:
         Ranks: any.
         """
         self.changes_state = True
-        apply(self._matched, self._filled)
+        apply(self._matched, self._filled, but=self._settled)
 
     def close(self) -> None:
         """Let go of what is held.

@@ -24,6 +24,8 @@ FORMAT = 1
 MAX_BYTES = 1 << 30
 MAX_SEGMENT_BYTES = MAX_HEADER_BYTES + 8  # who checks a digest holds that many bytes; the header is one segment
 MAX_DIMS = 64  # NumPy's own limit
+_ZEROS = [[0] * num_dims for num_dims in range(MAX_DIMS + 1)]
+_ORIGINS = [(0,) * num_dims for num_dims in range(MAX_DIMS + 1)]
 Layout = Literal["full", "sharded"]
 
 # The digest of all bytes before it, as the last key: "xxh3" sorts behind every other.
@@ -259,7 +261,7 @@ def _from_body(body: dict[str, Any]) -> Manifest:
         created=_moment(body["created"]),
         writer=_mapping(body["writer"]),
         files=tuple(_file_from_json(file) for file in body["files"]),
-        tensors={_text(name): _tensor_from_json(entry) for name, entry in _mapping(body["tensors"]).items()},
+        tensors=_tensors_from_json(_mapping(body["tensors"])),
         objects={key: _object_from_json(entry) for key, entry in _mapping(body["objects"]).items()},
         metrics={name: float(value) for name, value in _mapping(body["metrics"]).items()},
         versions={name: _text(value) for name, value in _mapping(body["versions"]).items()},
@@ -298,11 +300,13 @@ def check_tensors(tensors: Mapping[str, TensorEntry], file_bytes: Sequence[int])
     left_bytes = sum(file_bytes)  # else a few bytes, named over and over, could fill all memory
     for name, (dtype, shape, chunks) in tensors.items():
         item_bytes = ITEM_BYTES[dtype]
-        left_bytes -= math.prod(shape) * item_bytes
+        num_bytes = math.prod(shape) * item_bytes
+        left_bytes -= num_bytes
         if left_bytes < 0:
             raise ValueError("its tensors have more bytes than its files")
         for file, offset, _, size in chunks:
-            if offset + math.prod(size) * item_bytes > file_bytes[file]:
+            part_bytes = num_bytes if size is shape else math.prod(size) * item_bytes
+            if offset + part_bytes > file_bytes[file]:
                 raise ValueError(f"a chunk of {name!r} lies outside its file")
         if len(chunks) == 1 and chunks[0].shape == shape and not any(chunks[0].start):
             continue
@@ -346,6 +350,25 @@ def _tensor_to_json(entry: TensorEntry) -> Json:
     return {"chunks": chunks, "dtype": entry.dtype, "shape": list(entry.shape)}
 
 
+def _tensors_from_json(bodies: dict[str, Json]) -> dict[str, TensorEntry]:
+    """Return the tensors; those that lie in one piece, by far the most, in one quick loop."""
+    tensors: dict[str, TensorEntry] = {}
+    for name, body in bodies.items():
+        dtype, sizes, chunks = body["dtype"], body["shape"], body["chunks"]
+        num_dims = len(sizes)
+        if len(chunks) == 1 and dtype in ITEM_BYTES and num_dims <= MAX_DIMS:
+            file, offset, start, size = chunks[0]
+            shape = tuple(sizes)
+            plain = type(file) is int and type(offset) is int and file >= 0 and 0 <= offset < 1 << 62
+            for each in shape:
+                plain = plain and type(each) is int and 0 < each < 1 << 62
+            if plain and size == sizes and start == _ZEROS[num_dims]:
+                tensors[name] = TensorEntry(dtype, shape, (Chunk(file, offset, _ORIGINS[num_dims], shape),))
+                continue
+        tensors[name] = _tensor_from_json(body)
+    return tensors
+
+
 def _tensor_from_json(body: Json) -> TensorEntry:
     dtype, shape = body["dtype"], _sizes(body["shape"])
     # An empty tensor, too, has strides, which have to fit.
@@ -353,9 +376,6 @@ def _tensor_from_json(body: Json) -> TensorEntry:
         raise ValueError(f"a tensor of shape {shape!s:.80}")
     if dtype not in ITEM_BYTES:
         raise ValueError(f"unknown dtype {dtype!r:.40}")
-    if len(body["chunks"]) == 1 and body["chunks"][0][2:] == [[0] * len(shape), body["shape"]]:  # by far the most
-        file, offset = body["chunks"][0][:2]
-        return TensorEntry(dtype, shape, (Chunk(_integer(file), _integer(offset), (0,) * len(shape), shape),))
     chunks = []
     for file, offset, start, size in body["chunks"]:
         chunk = Chunk(_integer(file), _integer(offset), _sizes(start), _sizes(size))

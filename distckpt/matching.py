@@ -76,7 +76,7 @@ class Match:
         """
         found: dict[str, None] = {}
         for part in self.parts:
-            for reference in _references(part.content):
+            for reference in references(part.content):
                 found[reference.name] = None
         return list(found)
 
@@ -88,12 +88,17 @@ class Selection:
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
+    @property
+    def is_all(self) -> bool:
+        """Whether every entry is to be loaded."""
+        return not self.skip and not self.only
+
     def takes(self, name: str) -> bool:
         """Say whether the entry of this name is to be loaded.
 
         Ranks: any.
         """
-        return (not self.only or _any(self.only, name)) and not _any(self.skip, name)
+        return self.is_all or ((not self.only or _any(self.only, name)) and not _any(self.skip, name))
 
     def check(self, known: Sequence[str]) -> None:
         """Refuse a pattern that fits nothing: it is a slip.
@@ -196,9 +201,9 @@ def _match_slot(slot: Slot, content: Any, manifest: Manifest, selection: Selecti
     if found == "module":
         _match_module(slot, content, manifest, selection, result)
         return
-    below = _names_below(slot, content) or [slot.key]
+    below = [] if selection.is_all else _names_below(slot, content) or [slot.key]
     taken = [name for name in below if selection.takes(name)]
-    if not taken:
+    if below and not taken:
         return
     whole = len(taken) == len(below)
     if not whole and (found != "value" or not isinstance(slot.value, dict)):
@@ -219,11 +224,11 @@ def _match_module(slot: Slot, content: Any, manifest: Manifest, selection: Selec
         result.problems.append(f"{slot.key}: the checkpoint holds a {type(content).__name__}, the state a module")
         return
     expected, _ = module_state(module)
-    in_place = is_stock(unwrap(module))
+    in_place, everything = is_stock(unwrap(module)), selection.is_all
     chosen: dict[str, Any] = {}
     for name, target in expected.items():
         full = f"{slot.key}.{name}"
-        if not selection.takes(full):
+        if not everything and not selection.takes(full):
             continue
         if name not in content:
             result.problems.append(f"missing in the checkpoint: {full}{_facts(target)}")
@@ -237,9 +242,9 @@ def _match_module(slot: Slot, content: Any, manifest: Manifest, selection: Selec
                 result.targets.setdefault(stored.name, target)
         elif isinstance(target, torch.Tensor) or isinstance(stored, Reference):
             result.problems.append(f"{full}: a tensor on one side, a value on the other")
-    for name, stored in content.items():
-        full = f"{slot.key}.{name}"
-        if name not in expected and selection.takes(full):
+    for name in content.keys() - expected.keys():
+        full, stored = f"{slot.key}.{name}", content[name]
+        if selection.takes(full):
             entry = manifest.tensors[stored.name] if isinstance(stored, Reference) else None
             result.problems.append(f"not in the state: {full}{_stored_facts(entry)}")
     if chosen or not expected:
@@ -271,15 +276,16 @@ def _match_optimizer(slot: Slot, content: Any, manifest: Manifest, result: Match
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = [index for group in saved for index in group["params"]]
     for index, parameter in zip(order, parameters, strict=True):
+        known = optimizer.state.get(parameter, {})
         for name, stored in state.get(index, {}).items():
-            if not isinstance(stored, Reference):
+            if type(stored) is not Reference:
                 continue
             entry = manifest.tensors[stored.name]
             shape = entry.shape
-            here_now = optimizer.state[parameter].get(name) if parameter in optimizer.state else None
+            here_now = known.get(name)
             if isinstance(here_now, torch.Tensor) and _fits(here_now, entry) and _is_plain(here_now):
                 result.targets.setdefault(stored.name, here_now)
-            if shape == tuple(parameter.shape):
+            if parameter.shape == shape:
                 _remember(stored, parameter, result)
             elif name in _ELEMENTWISE:
                 result.problems.append(
@@ -296,18 +302,34 @@ def _match_value(key: str, value: Any, content: Any, manifest: Manifest, result:
     elif isinstance(value, torch.Tensor):
         result.problems.append(f"{key}: the state has a tensor here, the checkpoint a {type(content).__name__}")
     elif isinstance(value, dict) and isinstance(content, dict):
+        if _match_row(value, content, manifest, result):
+            return
         for name, inner in value.items():
             if name in content:
-                stored = content[name]
-                if type(inner) is torch.Tensor and type(stored) is Reference and not stored.array:  # by far the most
-                    entry = manifest.tensors[stored.name]
-                    if _fits(inner, entry) and _is_plain(inner):
-                        result.targets.setdefault(stored.name, inner)
-                        continue
-                _match_value(f"{key}.{name}", inner, stored, manifest, result)
+                _match_value(f"{key}.{name}", inner, content[name], manifest, result)
     elif isinstance(value, (list, tuple)) and isinstance(content, (list, tuple)):
         for index, (one, other) in enumerate(zip(value, content, strict=False)):
             _match_value(f"{key}.{index}", one, other, manifest, result)
+
+
+def _match_row(value: dict[Any, Any], content: dict[Any, Any], manifest: Manifest, result: Match) -> bool:
+    """Match dicts of the same keys that hold plain tensors only, all at once; say whether they are such, and fit."""
+    tensors, stored = list(value.values()), list(content.values())
+    if not (set(map(type, tensors)) <= {torch.Tensor} and set(map(type, stored)) <= {Reference}):
+        return False
+    entries = [manifest.tensors[reference.name] for reference in stored]
+    fit = (
+        value.keys() == content.keys()
+        and list(value) == list(content)
+        and [tensor.shape for tensor in tensors] == [entry.shape for entry in entries]
+        and [tensor.dtype for tensor in tensors] == [DTYPES[entry.dtype] for entry in entries]
+        and all(map(_is_plain, tensors))
+        and not any(reference.array for reference in stored)
+    )
+    if fit:
+        for tensor, reference in zip(tensors, stored, strict=True):
+            result.targets.setdefault(reference.name, tensor)
+    return fit
 
 
 def _remember(stored: Reference, target: torch.Tensor, result: Match) -> None:
@@ -346,7 +368,11 @@ def _reference(tag: str, name: str) -> Reference:
     return Reference(name, tag == "$array")
 
 
-def _references(content: Any) -> Iterator[Reference]:
+def references(content: Any) -> Iterator[Reference]:
+    """Yield the references in a decoded value, in the order in which they stand there.
+
+    Ranks: any.
+    """
     waiting = [content]
     while waiting:
         node = waiting.pop()

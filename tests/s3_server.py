@@ -22,7 +22,7 @@ import pytest
 
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 10.0
-_ADDRESS = re.compile(r"Running on (http://127\.0\.0\.1:\d+)")
+_ADDRESS = re.compile(r"Running on (https?://127\.0\.0\.1:\d+)")
 _numbers = itertools.count()
 
 
@@ -53,11 +53,11 @@ class S3Server:
 
 
 @contextmanager
-def running_s3_server(folder: Path) -> Iterator[S3Server]:
+def running_s3_server(folder: Path, *options: str) -> Iterator[S3Server]:
     """Start moto's server on a free port, wait until it listens, and end it by its own process id."""
     log = folder / "s3-server.log"
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0", *options]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
         yield S3Server(endpoint=_awaited_endpoint(process, log), log=log)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import add, sub
+from itertools import pairwise
+from operator import add, itemgetter, sub
 
 import torch
 
@@ -19,6 +20,8 @@ from distckpt.tensors import DTYPES, Box, memory
 
 # A tensor's name, which box of it (None is all), and a tensor of the box's shape to fill, on any device.
 Wanted = tuple[str, Box | None, torch.Tensor]
+
+_Small = tuple[int, int, torch.Tensor]  # where a small tensor begins in its file, its bytes, and itself
 
 SMALL_BYTES = 64 << 10  # smaller tensors that are neighbours in a file are read in one piece, and then copied
 BATCH_BYTES = 256 << 20  # of memory between the storage and tensors that cannot be read into
@@ -72,19 +75,21 @@ def read_into(reader: Reader, manifest: Manifest, wanted: Iterable[Wanted]) -> N
     """
     batch = _Batch(reader)
     with torch.no_grad():
+        tensors = manifest.tensors
         for name, box, into in wanted:
-            entry = manifest.tensors[name]
-            if not into.numel():
+            entry = tensors[name]
+            num_bytes = into.nbytes
+            if not num_bytes:
                 continue
-            if len(entry.chunks) == 1 and (box is None or box.shape == entry.shape):
-                chunk = entry.chunks[0]
-                batch.add(chunk.file, chunk.offset, into)
+            chunks = entry.chunks
+            if len(chunks) == 1 and (box is None or box.shape == entry.shape):
+                batch.add(chunks[0].file, chunks[0].offset, into, num_bytes)
                 continue
             for part in _parts(entry, box):
                 rows, begin = _rows(entry, part)
                 target = _target(into, part)
                 if rows == part.shape:
-                    batch.add(part.chunk.file, begin, target)
+                    batch.add(part.chunk.file, begin, target, target.nbytes)
                 else:
                     batch.add_part(part, begin, target, rows)
         batch.finish()
@@ -110,20 +115,23 @@ class _Batch:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._ranges: dict[int, list[Range]] = {}
-        self._small: dict[tuple[int, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
+        self._small: dict[tuple[int, torch.dtype], list[_Small]] = {}
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._num_bytes = 0
         self._on_gpu = False
 
-    def add(self, file: int, offset: int, target: torch.Tensor) -> None:
+    def add(self, file: int, offset: int, target: torch.Tensor, num_bytes: int) -> None:
         """Want all of `target`, which lies in a file in one piece."""
-        if target.nbytes < SMALL_BYTES:
-            self._small.setdefault((file, target.dtype), []).append((offset, target))
-            self._count(target, target.nbytes)
+        if num_bytes < SMALL_BYTES:
+            key = file, target.dtype
+            if key not in self._small:
+                self._small[key] = []
+            self._small[key].append((offset, num_bytes, target))
+            self._count(target, num_bytes)
         elif target.device.type == "cpu" and target.is_contiguous():
             self._ranges.setdefault(file, []).append(Range(begin=offset, into=memory(target)))
         else:
-            self._count(target, target.nbytes)
+            self._count(target, num_bytes)
             self._copies.append((target, self._room(file, offset, tuple(target.shape), target)))
 
     def add_part(self, part: _Part, offset: int, target: torch.Tensor, rows: tuple[int, ...]) -> None:
@@ -150,33 +158,32 @@ class _Batch:
         return room
 
     def _read(self) -> None:
-        runs = [
-            (self._room(file, run[0][0], (sum(t.numel() for _, t in run),), run[0][1]), [t for _, t in run])
-            for (file, _), small in self._small.items()
-            for run in _neighbours(small)
-        ]
+        runs = [(self._run_room(file, run), run) for (file, _), small in self._small.items() for run in _runs(small)]
         self._reader.fill(self._ranges)
         for target, source in self._copies:
             target.copy_(source, non_blocking=True)
-        for room, targets in runs:
-            sources = torch._utils._unflatten_dense_tensors(room, targets)  # type: ignore[no-untyped-call]
-            torch._foreach_copy_(targets, list(sources), non_blocking=True)
+        for room, run in runs:
+            targets = [target for _, _, target in run]
+            pieces = torch.split(room, [num_bytes // room.element_size() for _, num_bytes, _ in run])
+            sources = [p if t.dim() == 1 else p.view(t.shape) for p, t in zip(pieces, targets, strict=True)]
+            torch._foreach_copy_(targets, sources, non_blocking=True)
         self._ranges, self._small, self._copies, self._num_bytes = {}, {}, [], 0
 
+    def _run_room(self, file: int, run: list[_Small]) -> torch.Tensor:
+        offset, _, like = run[0]
+        num_items = sum(num_bytes for _, num_bytes, _ in run) // like.element_size()
+        return self._room(file, offset, (num_items,), like)
 
-def _neighbours(small: list[tuple[int, torch.Tensor]]) -> Iterator[list[tuple[int, torch.Tensor]]]:
+
+def _runs(small: list[_Small]) -> Iterator[list[_Small]]:
     """Yield runs of tensors that lie in a file one after another, on one device."""
-    small.sort(key=lambda each: each[0])
-    run: list[tuple[int, torch.Tensor]] = []
-    end = -1
-    for offset, tensor in small:
-        if run and (offset != end or tensor.device != run[0][1].device):
-            yield run
-            run = []
-        run.append((offset, tensor))
-        end = offset + tensor.nbytes
-    if run:
-        yield run
+    small.sort(key=itemgetter(0))
+    breaks = [0]
+    for index, ((offset, num_bytes, one), (after, _, other)) in enumerate(pairwise(small), start=1):
+        if offset + num_bytes != after or one.device != other.device:
+            breaks.append(index)
+    for begin, end in pairwise([*breaks, len(small)]):
+        yield small[begin:end]
 
 
 def _parts(entry: TensorEntry, box: Box | None) -> Iterator[_Part]:

@@ -1,8 +1,9 @@
 """Where checkpoints lie: local files, and object stores through fsspec."""
 
+from distckpt.storage.clients import Upload
 from distckpt.storage.contract import Buffer, Capabilities, FileInfo, Readable, Storage, read_scattered
 from distckpt.storage.local import LocalStorage
-from distckpt.storage.objects import ObjectStorage
+from distckpt.storage.objects import KeepsUploads, ObjectStorage
 from distckpt.storage.opening import open_storage
 from distckpt.storage.wrappers import CountingStorage, VerbCount
 
@@ -11,10 +12,12 @@ __all__ = [
     "Capabilities",
     "CountingStorage",
     "FileInfo",
+    "KeepsUploads",
     "LocalStorage",
     "ObjectStorage",
     "Readable",
     "Storage",
+    "Upload",
     "VerbCount",
     "open_storage",
     "read_scattered",

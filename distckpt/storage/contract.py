@@ -84,7 +84,8 @@ class Storage(Protocol):
 
         With `num_bytes`, the file's size, room for it is reserved first, where that is possible: a disk that is too
         full says so before anything is written, and the file lies in one piece.
-        When this returns, the file's bytes are durable; its directory entry is after `sync`.
+        When this returns, the file's bytes are durable; its directory entry is after `sync`. Until then the chunks'
+        memory must not change: it is read in place.
         Missing parent folders are made. If it raises, also when iterating `chunks` raises, no file of that name is
         left behind on a best-effort basis, and never one that looks whole to a reader that knows its size and digests.
         An existing file of that name is an error on storages that can tell; callers use names that are new.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from distckpt.storage.contract import Buffer, Capabilities, FileInfo, Storage
+from distckpt.storage.contract import Buffer, Capabilities, FileInfo, Storage, read_scattered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,11 @@ class CountingStorage:
         """Read from the inner storage."""
         self._count("read", num_calls=1, num_bytes=into.nbytes)
         self.inner.read(name, offset, into)
+
+    def read_scattered(self, name: str, offset: int, into: Sequence[memoryview]) -> None:
+        """Read from the inner storage; counted as one "read"."""
+        self._count("read", num_calls=1, num_bytes=sum(view.nbytes for view in into))
+        read_scattered(self.inner, name, offset, into)
 
     def read_all(self, name: str, *, limit_bytes: int) -> bytes:
         """Read from the inner storage."""

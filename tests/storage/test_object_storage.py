@@ -5,16 +5,13 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import s3fs
 from fault_proxy import Fault, FaultProxy
-from places import IMPATIENT, TRIES
 
 from distckpt.errors import StorageError
 from distckpt.storage import LocalStorage, ObjectStorage, Storage, open_storage
@@ -337,123 +334,3 @@ def test_the_first_file_of_a_folder_is_deleted_before_the_others(storage: Storag
     deleted = [seen.target.partition("/run/")[2].partition("?")[0] for seen in proxy.seen if seen.method == "DELETE"]
     assert deleted[0] == "s/m.json"
     assert sorted(deleted) == sorted(names)
-
-
-# --- servers, buckets and credentials that are not there ---
-
-
-def test_missing_bucket_is_told_by_list_put_and_publish(s3_bucket: str) -> None:
-    storage = open_storage(f"s3://{s3_bucket}-missing/run")
-    for verb in (storage.list, lambda: storage.put("f", [b"1"]), lambda: storage.publish("f", b"1")):
-        with pytest.raises(
-            StorageError, match=r"does not exist \(NoSuchBucket\), .*\nFix: create the bucket"
-        ) as caught:
-            verb()
-        assert caught.value.errno == errno.ENOENT
-        assert not isinstance(caught.value, FileNotFoundError)
-
-
-def test_an_endpoint_where_nobody_listens_fails_in_well_under_a_minute(
-    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, and not listening
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        storage = open_storage(f"s3://{s3_bucket}/run")  # with its own patience
-        start = time.monotonic()
-        with pytest.raises(
-            StorageError, match=r"Could not connect to the endpoint URL.*\nFix: check that AWS_ENDPOINT_URL"
-        ):
-            storage.put("f", [b"1"])
-        assert time.monotonic() - start < 30
-        impatient = open_storage(f"s3://{s3_bucket}/run", storage_options=IMPATIENT)
-        for verb in (impatient.list, lambda: impatient.publish("f", b"1"), lambda: impatient.delete(["f"])):
-            with pytest.raises(StorageError, match="Could not connect"):
-                verb()
-
-
-def test_a_server_that_stays_busy_is_given_up_after_a_fixed_number_of_tries(
-    storage: Storage, proxy: FaultProxy
-) -> None:
-    proxy.fail(Fault(method="PUT", action="answer", times=1000, status=503, code="SlowDown"))
-    with pytest.raises(StorageError, match=r"SlowDown.*\nFix: the server is overloaded"):
-        storage.put("f", [b"1"])
-    assert proxy.count("PUT") == TRIES
-
-
-def test_missing_credentials_are_told(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    storage = open_storage(f"s3://{s3_bucket}/run")
-    for verb in (storage.list, lambda: storage.put("f", [b"1"]), lambda: storage.publish("f", b"1")):
-        with pytest.raises(StorageError, match=r"credentials\nFix: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
-            verb()
-
-
-@pytest.mark.parametrize(
-    ("code", "fix"),
-    [("InvalidAccessKeyId", "check AWS_ACCESS_KEY_ID"), ("ExpiredToken", "renew"), ("AccessDenied", "grant")],
-)
-def test_refused_credentials_are_told_and_no_secret_is(
-    storage: Storage, proxy: FaultProxy, code: str, fix: str
-) -> None:
-    proxy.fail(Fault(method="PUT", action="answer", times=100, status=403, code=code))
-    with pytest.raises(StorageError, match=rf"\({code}\).*\nFix: {fix}") as caught:
-        storage.put("f", [b"1"])
-    assert caught.value.errno == errno.EACCES
-    assert "testing-secret" not in str(caught.value) + repr(caught.value.facts) + repr(storage)
-
-
-@pytest.mark.parametrize("engine", ["s3fs", "obstore"])
-def test_expired_credentials_are_looked_up_anew_and_the_request_is_tried_again(
-    s3_bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, engine: str
-) -> None:
-    pytest.importorskip(engine)
-    storage = open_storage(f"s3://{s3_bucket}/run", storage_options={"engine": engine})
-    storage.put("f", [b"1"])
-    proxy.fail(Fault(method="PUT", action="answer", status=400, code="ExpiredToken"))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "renewed")
-    storage.put("g", [b"1"])
-    assert ["renewed" in seen.headers["authorization"] for seen in proxy.seen] == [False, False, True]
-
-
-def test_credentials_that_stay_expired_are_looked_up_once_more_for_each_call(s3_bucket: str, proxy: FaultProxy) -> None:
-    storage = open_storage(f"s3://{s3_bucket}/run", storage_options={"engine": "s3fs"})
-    proxy.fail(Fault(method="PUT", action="answer", times=4, status=400, code="ExpiredToken"))
-    for num_puts in (2, 4):
-        with pytest.raises(StorageError, match=r"ExpiredToken.*\nFix: renew"):
-            storage.put("g", [b"1"])
-        assert proxy.count("PUT") == num_puts
-    storage.put("g", [b"1"])
-
-
-def test_a_storage_option_that_nobody_knows_is_told(s3_bucket: str) -> None:
-    storage = open_storage(f"s3://{s3_bucket}/run", storage_options={"sekret": "hidden-value"})
-    with pytest.raises(StorageError, match=r"sekret.*\nFix: check the names in storage_options") as caught:
-        storage.list()
-    assert "hidden-value" not in str(caught.value)
-
-
-def test_credentials_and_endpoint_may_come_as_storage_options(
-    s3_bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
-        monkeypatch.delenv(variable)
-    options = {"key": "my-key", "secret": "my-secret", "endpoint_url": proxy.endpoint}
-    storage = open_storage(f"s3://{s3_bucket}/run", storage_options=options)
-    storage.put("f", [b"1"])
-    assert "my-key" in proxy.seen[-1].headers["authorization"]
-    assert options == {"key": "my-key", "secret": "my-secret", "endpoint_url": proxy.endpoint}
-
-
-def test_checksums_that_older_servers_refuse_are_not_sent_unless_asked_for(
-    s3_bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def sends_checksum(options: dict[str, Any]) -> bool:
-        open_storage(f"s3://{s3_bucket}/run", storage_options=options).put("f", [b"1"])
-        return any("checksum" in header or header == "x-amz-trailer" for header in proxy.seen[-1].headers)
-
-    assert not sends_checksum({})
-    assert sends_checksum({"config_kwargs": {"request_checksum_calculation": "when_supported"}})
-    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
-    assert sends_checksum({})

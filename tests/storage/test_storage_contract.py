@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from places import Place
 
 from distckpt.errors import StorageError
-from distckpt.storage import Buffer, Storage
+from distckpt.storage import Buffer, Storage, read_scattered
 from distckpt.storage.parts import USUAL_PART
 
 LIMIT = 1 << 20
@@ -89,6 +89,18 @@ def test_reads_fill_what_they_are_given_from_any_offset(storage: Storage) -> Non
     floats: Any = memoryview(bytearray(80)).cast("d", shape=[2, 5])
     storage.read("f", 8, floats)
     assert floats.tobytes() == data[8:88]
+
+
+def test_scattered_reads_fill_several_buffers_in_order(storage: Storage) -> None:
+    data = pattern(1000)
+    storage.put("f", [data])
+    buffers = [bytearray(size) for size in (3, 0, 500, 1, 90)]
+    read_scattered(storage, "f", 7, [memoryview(buffer) for buffer in buffers])
+    assert b"".join(buffers) == data[7 : 7 + 594]
+    with pytest.raises(EOFError):
+        read_scattered(storage, "f", 500, [memoryview(bytearray(400)), memoryview(bytearray(101))])
+    with pytest.raises(FileNotFoundError):
+        read_scattered(storage, "missing", 0, [memoryview(bytearray(4)), memoryview(bytearray(1))])
 
 
 @pytest.mark.parametrize(("offset", "num_bytes"), [(0, 101), (99, 2), (100, 1), (5000, 10)])

@@ -1,0 +1,246 @@
+"""Reading: straight into tensors, each segment once and checked, whatever the tensors look like."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import distckpt
+from distckpt import CheckpointManager, nodecopy
+from distckpt.datafiles import SEGMENT_BYTES, Range, Reader, write
+from distckpt.errors import CheckpointDamagedError, StateMismatchError, UsageError
+from distckpt.nodecopy import NodeCopy, Part
+from distckpt.storage import CountingStorage, LocalStorage
+
+NAME = "attempt/rank-00000.safetensors"
+SIZES = [4096, SEGMENT_BYTES, SEGMENT_BYTES, 1000]
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[CountingStorage, Any, bytes]:
+    data = os.urandom(sum(SIZES))
+    parts, begin = [], 0
+    for size in SIZES:
+        parts.append(memoryview(data)[begin : begin + size])
+        begin += size
+    storage = CountingStorage(LocalStorage(tmp_path))
+    return storage, write(storage, "one", NAME, rank=0, parts=parts, num_bytes=len(data)), data
+
+
+def reader_of(stored: tuple[CountingStorage, Any, bytes]) -> Reader:
+    storage, file, _ = stored
+    return Reader(storage, "one", [file], path="one", step=1)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(0, 10)],
+        [(4096, 4096 + 2 * SEGMENT_BYTES)],
+        [(100, 200), (300, 5000), (5000, 5001), (SEGMENT_BYTES, SEGMENT_BYTES + 9000)],
+        [(0, 100), (50, 150), (50, 60)],
+        [(sum(SIZES) - 7, sum(SIZES))],
+        [(5, 5)],
+        [],
+    ],
+    ids=str,
+)
+def test_ranges_are_filled(stored: tuple[CountingStorage, Any, bytes], spans: list[tuple[int, int]]):
+    targets = [bytearray(end - begin) for begin, end in spans]
+    ranges = [Range(begin=begin, into=memoryview(t)) for (begin, _), t in zip(spans, targets, strict=True)]
+    reader_of(stored).fill({0: ranges[::-1]})
+    assert [bytes(t) for t in targets] == [stored[2][begin:end] for begin, end in spans]
+
+
+def test_each_segment_is_read_once_and_the_rest_only_when_asked(stored: tuple[CountingStorage, Any, bytes]):
+    storage, reader = stored[0], reader_of(stored)
+    reader.fill({0: [Range(begin=4096 + 5, into=memoryview(bytearray(10)))]})
+    assert storage.counted("read").num_bytes == SEGMENT_BYTES
+    reader.check_rest([0])
+    assert storage.counted("read").num_bytes == sum(SIZES)
+    reader.check_rest([0])
+    assert storage.counted("read").num_bytes == sum(SIZES)
+
+
+@pytest.mark.parametrize("place", [0, 5000, 4096 + SEGMENT_BYTES, sum(SIZES) - 1])
+def test_a_wrong_byte_is_found_wherever_it_is_read(stored: tuple[CountingStorage, Any, bytes], place: int):
+    path = stored[0].inner.root / "one" / NAME  # type: ignore[attr-defined]
+    data = bytearray(stored[2])
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointDamagedError, match="wrong bytes"):
+        reader_of(stored).fill({0: [Range(begin=place, into=memoryview(bytearray(1)))]})
+    with pytest.raises(CheckpointDamagedError, match="wrong bytes"):
+        reader_of(stored).check({0: [(place, place + 1)]})
+    with pytest.raises(CheckpointDamagedError, match="wrong bytes"):
+        reader_of(stored).check_rest([0])
+
+
+def test_a_range_behind_the_end_is_refused(stored: tuple[CountingStorage, Any, bytes]):
+    with pytest.raises(CheckpointDamagedError, match="shorter than its tensors"):
+        reader_of(stored).fill({0: [Range(begin=sum(SIZES) - 1, into=memoryview(bytearray(2)))]})
+
+
+def targets() -> dict[str, torch.Tensor]:
+    return {
+        "large": torch.zeros(300_000),
+        "turned": torch.zeros(400, 300).T,
+        "strided": torch.zeros(100_000)[::2],
+        "small": torch.zeros(3),
+        "scalar": torch.tensor(0.0),
+        "small turned": torch.zeros(3, 4).T,
+        "bytes": torch.zeros(5, dtype=torch.uint8),
+        "negated": torch._neg_view(torch.zeros(4)),
+    }
+
+
+def values() -> dict[str, torch.Tensor]:
+    return {name: torch.rand(t.shape).mul(100).to(t.dtype) for name, t in targets().items()}
+
+
+@pytest.mark.parametrize("whose", ["a restart's", "a later one"])
+def test_what_is_restored_lies_in_the_tensors_that_were_there(tmp_path: Path, whose: str):
+    saved = values()
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        ckpt.save(1, {"t": saved})
+    there = targets()
+    same = dict(there)
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        if whose == "a later one":
+            ckpt.restore({"t": targets()})
+        assert ckpt.restore({"t": there}) == 1
+    for name, tensor in there.items():
+        assert tensor is same[name]
+        assert torch.equal(tensor, saved[name]), name
+
+
+def trained(seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=seed)
+    model(torch.randn(4, 300)).sum().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer}
+
+
+def content(state: dict[str, Any]) -> list[torch.Tensor]:
+    moments = [each for of in state["optimizer"].state.values() for each in of.values()]
+    return [t.detach().clone() for t in (*state["model"].state_dict().values(), *moments)]
+
+
+def test_optimizer_state_is_read_in_place_or_made(tmp_path: Path):
+    saved = trained(1)
+    distckpt.save(tmp_path / "one", saved)
+    there, fresh = trained(2), {"model": nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300))}
+    fresh["optimizer"] = torch.optim.AdamW(fresh["model"].parameters())  # type: ignore[assignment]
+    moment = next(iter(there["optimizer"].state.values()))["exp_avg"]
+    for state in (there, fresh):
+        distckpt.load(tmp_path / "one", state)
+        assert all(map(torch.equal, content(state), content(saved)))
+        assert state["optimizer"].param_groups[0]["lr"] == 1
+    assert next(iter(there["optimizer"].state.values()))["exp_avg"] is moment
+
+
+def test_a_module_with_loading_code_of_its_own_is_given_the_tensors(tmp_path: Path):
+    class Doubling(nn.Linear):
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            destination[f"{prefix}weight"] = self.weight.detach() * 2
+            destination[f"{prefix}bias"] = self.bias.detach()
+
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+            with torch.no_grad():
+                self.weight.copy_(state_dict[f"{prefix}weight"] / 2)
+                self.bias.copy_(state_dict[f"{prefix}bias"])
+
+    one, other = Doubling(3, 3), Doubling(3, 3)
+    distckpt.save(tmp_path / "one", {"model": one})
+    distckpt.load(tmp_path / "one", {"model": other})
+    assert torch.equal(one.weight, other.weight)
+
+
+def damaged(folder: Path) -> None:
+    [file] = folder.rglob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-10] ^= 4
+    file.write_bytes(data)
+
+
+def test_a_load_that_meets_damage_leaves_the_state_as_it_was(tmp_path: Path):
+    distckpt.save(tmp_path / "one", trained(1))
+    damaged(tmp_path / "one")
+    state = trained(2)
+    before = content(state)
+    with pytest.raises(CheckpointDamagedError) as caught:
+        distckpt.load(tmp_path / "one", state)
+    assert all(map(torch.equal, content(state), before))
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_a_restart_passes_over_damage_to_the_older_one(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        ckpt.save(1, trained(1))
+        ckpt.save(2, trained(2))
+    damaged(tmp_path / "step-000000000002")
+    state = trained(3)
+    with caplog.at_level(logging.WARNING), CheckpointManager(tmp_path, signals=()) as ckpt:
+        assert ckpt.restore(state) == 1
+        ckpt.save(3, state)
+    assert "damaged checkpoint" in caplog.text
+    assert all(map(torch.equal, content(state), content(trained(1))))
+
+
+def test_a_restart_without_a_good_one_says_that_the_state_is_torn_and_does_not_save_it(tmp_path: Path):
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        ckpt.save(1, trained(1))
+    damaged(tmp_path / "step-000000000001")
+    state = trained(2)
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        with pytest.raises(CheckpointDamagedError) as caught:
+            ckpt.restore(state)
+        assert "holds parts of what was read" in caught.value.__notes__[0]
+        with pytest.raises(UsageError, match="not saved"):
+            ckpt.save(2, state)
+
+
+def test_a_restart_that_does_not_fit_changes_nothing(tmp_path: Path):
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        ckpt.save(1, trained(1))
+    state = {**trained(2), "more": torch.ones(1)}
+    before = content(state)
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        with pytest.raises(StateMismatchError):
+            ckpt.restore(state)
+        assert all(map(torch.equal, content(state), before))
+        ckpt.save(2, state)
+
+
+@pytest.mark.skipif(nodecopy.place() is None, reason="no shared memory")
+def test_a_node_brings_each_byte_once_and_leaves_no_file(stored: tuple[CountingStorage, Any, bytes]):
+    storage, file, data = stored
+    spans = {0: [(0, file.num_bytes)]}
+    copies = [
+        NodeCopy([file], folder="one", part=Part(token="t" * 16, number=number, num_ranks=3)) for number in range(3)
+    ]
+    before = set(nodecopy.SHARED_MEMORY.iterdir())
+    for copy in copies:
+        copy.fetch(reader_of(stored), spans)
+    assert storage.counted("read").num_bytes == file.num_bytes
+    for copy in copies:
+        copy.forget_names()
+    assert set(nodecopy.SHARED_MEMORY.iterdir()) == before
+    for copy in copies:
+        into = memoryview(bytearray(file.num_bytes))
+        Reader(copy, "one", [file], path="one", step=1).fill({0: [Range(begin=0, into=into)]})
+        assert bytes(into) == data
+        copy.close()
+
+
+def test_no_room_in_shared_memory_is_noticed():
+    assert not nodecopy.has_room(1 << 60)
+    assert nodecopy.has_room(1)
