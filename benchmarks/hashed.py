@@ -60,7 +60,7 @@ def without_digests() -> Iterator[int]:
 
     Gives the number of modules in which it was put in the place of the real one.
     """
-    real = checksum.digest
+    real, running = checksum.digest, checksum.Running
     places = [
         (module, name)
         for module in list(sys.modules.values())
@@ -71,7 +71,10 @@ def without_digests() -> Iterator[int]:
     try:
         for module, name in places:
             setattr(module, name, lambda *parts: "0" * 32)
+        running.add, add = lambda self, part: None, running.add  # type: ignore[method-assign]
+        running.digest, text = lambda self: "0" * 32, running.digest  # type: ignore[method-assign]
         yield len(places)
     finally:
+        running.add, running.digest = add, text  # type: ignore[method-assign]
         for module, name in places:
             setattr(module, name, real)

@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from distckpt import catalog
 from distckpt.catalog import Checkpoint, Folder
 from distckpt.retention import Retention, decide
-from distckpt.storage import Storage
+from distckpt.storage import FileInfo, Storage
 
 logger = logging.getLogger("distckpt")
 
@@ -98,17 +99,19 @@ class Pruner:
 
     Args:
         retention: What to keep.
+        insist: Called before each pruning; raises if nothing may be deleted any more.
 
     Attributes:
         known: Facts of checkpoints whose manifests need not be read again; see `catalog.committed`.
     """
 
-    def __init__(self, retention: Retention) -> None:
+    def __init__(self, retention: Retention, *, insist: Callable[[], None] = lambda: None) -> None:
         self.known: dict[tuple[int, int], Checkpoint] = {}
         self._retention = retention
+        self._insist = insist
         self._turn = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._wanted: tuple[Storage, PruneRequest] | None = None
+        self._wanted: tuple[Storage, PruneRequest | None] | None = None
         self._in_flight: int | None = None
         self._spared: set[int] = set()
         self._deleting: int | None = None
@@ -118,6 +121,16 @@ class Pruner:
 
         Ranks: 0; returns at once.
         """
+        self._want(storage, request)
+
+    def sweep(self, storage: Storage) -> None:
+        """Delete on a thread what saves before this job have left; whoever calls owns the directory.
+
+        Ranks: 0; returns at once.
+        """
+        self._want(storage, None)
+
+    def _want(self, storage: Storage, request: PruneRequest | None) -> None:
         with self._turn:
             self._wanted = storage, request
             if self._thread is not None:
@@ -169,7 +182,11 @@ class Pruner:
                 self._spared = set() if self._in_flight is None else {self._in_flight}
             storage, request = job
             try:
-                self._prune(storage, request)
+                self._insist()
+                if request is None:
+                    self._sweep(storage)
+                else:
+                    self._prune(storage, request)
             except Exception as error:  # noqa: BLE001  no reason to stop a training
                 logger.warning("could not prune %s: %s", storage.url, error)
 
@@ -184,18 +201,43 @@ class Pruner:
         )
         gone = {decision.step for decision in plan if not decision.kept}
         for folder in folders:
-            partial = not folder.committed and not folder.damaged and folder.step <= request.newest
-            if folder.step in gone or partial:
-                self._remove(storage, folder)
+            is_dead = not folder.committed and not folder.damaged and folder.step <= request.newest
+            if folder.step in gone or is_dead:
+                self._away_from_saves(folder, partial(catalog.remove, storage, folder))
+            elif folder.committed and folder.step <= request.newest:
+                self._remove_strays(storage, folder)
 
-    def _remove(self, storage: Storage, folder: Folder) -> None:
+    def _sweep(self, storage: Storage) -> None:
+        """Delete what dead saves have left, but for the youngest one: its manifest may still be on its way."""
+        folders = catalog.scan(storage)
+        dead = [folder for folder in folders if not (folder.committed or folder.damaged or folder.pinned)]
+        times = [(file.modified, folder.step, _attempt_of(file)) for folder in dead for file in folder.files]
+        _, *youngest = max(times, default=(0.0, -1, ""))
+        for folder in dead:
+            left = [file.name for file in folder.files if [folder.step, _attempt_of(file)] != youngest]
+            if left:
+                self._away_from_saves(folder, partial(storage.delete, left))
+        for folder in folders:
+            if folder.committed:
+                self._remove_strays(storage, folder)
+
+    def _remove_strays(self, storage: Storage, folder: Folder) -> None:
+        found = catalog.strays(storage, folder)
+        if found:
+            self._away_from_saves(folder, partial(storage.delete, found))
+
+    def _away_from_saves(self, folder: Folder, delete: Callable[[], None]) -> None:
         with self._turn:
             if folder.step in self._spared:
                 return
             self._deleting = folder.step
         try:
-            catalog.remove(storage, folder)
+            delete()
         finally:
             with self._turn:
                 self._deleting = None
                 self._turn.notify_all()
+
+
+def _attempt_of(file: FileInfo) -> str:
+    return file.name.split("/")[1]

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 
 from distckpt import names
 from distckpt.checksum import digest
-from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError
+from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError, FormatVersionError
 from distckpt.manifest import MAX_BYTES, DataFile, Layout, Manifest, parse
 from distckpt.outline import Outline, outline
 from distckpt.storage import FileInfo, Storage
 from distckpt.values import Json
 
 READ_BYTES = 8 << 20
+_ATTEMPT = re.compile(r"[0-9a-f]{16}")
+_TEMPORARY = re.compile(rf"{re.escape(names.MANIFEST)}\.[0-9a-f]+\.tmp")
 LOCATE_TRIES = 20  # a reader loses this race once for each checkpoint that is committed while it looks
 
 
@@ -321,6 +324,25 @@ def remove(storage: Storage, folder: Folder) -> None:
     last = len(folder.files)
     rank = {names.join(folder.name, names.MANIFEST): 0, names.join(folder.name, names.PIN): last + 1}
     storage.delete(sorted((file.name for file in folder.files), key=lambda name: (rank.get(name, 1), name)))
+
+
+def strays(storage: Storage, folder: Folder) -> list[str]:
+    """Return the files that other saves have left in a committed folder; of one that makes no sense, nothing.
+
+    Raises:
+        StorageError: The manifest could not be read.
+    """
+    inner = {file.name: file.name.split("/")[1:] for file in folder.files}
+    temporary = [name for name, parts in inner.items() if len(parts) == 1 and _TEMPORARY.fullmatch(parts[0])]
+    attempts = {parts[0] for parts in inner.values() if len(parts) == 2 and _ATTEMPT.fullmatch(parts[0])}
+    if len(attempts) < 2:  # as nearly always: the manifest need not be read
+        return temporary
+    try:
+        manifest = read_manifest(storage, folder.name)
+    except (CheckpointDamagedError, CheckpointNotFoundError, FormatVersionError):
+        return []
+    dead = attempts - {file.name.partition("/")[0] for file in manifest.files}
+    return temporary + [name for name, parts in inner.items() if len(parts) == 2 and parts[0] in dead]
 
 
 def remove_attempt(storage: Storage, folder: str, attempt: str) -> None:

@@ -25,6 +25,21 @@ def digest(*parts: bytes | bytearray | memoryview) -> str:
     return str(whole.hexdigest())
 
 
+class Running:
+    """The digest of what comes part by part."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def add(self, part: bytes | bytearray | memoryview) -> None:
+        """Take in the next part."""
+        self._state.update(part)
+
+    def digest(self) -> str:
+        """Return the digest of all parts so far as 32 hex digits."""
+        return str(self._state.hexdigest())
+
+
 def is_digest(text: object) -> bool:
     """Say whether `text` has the form of a digest."""
     return isinstance(text, str) and _HEX.fullmatch(text) is not None

@@ -12,10 +12,10 @@ import base64
 import contextlib
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from distckpt import catalog, fileplan, names
 from distckpt.checksum import digest
 from distckpt.errors import DistckptError, RankFailedError, UsageError
 from distckpt.garbage import kept_off
+from distckpt.inspection import Inspection, Sampled, Watched
 from distckpt.manifest import Layout, Manifest, ObjectEntry, check_references, objects_text, to_text
 from distckpt.ranks import Ranks
 from distckpt.shards import Header, RankShare, assemble, publish, write_share
@@ -49,6 +50,7 @@ class SaveRequest:
         metrics: What was measured at this step.
         parent: The checkpoint before, as the manifest states it.
         config: The run's configuration.
+        inspection: Looks at what is saved; None if nobody does.
     """
 
     step: int
@@ -59,6 +61,7 @@ class SaveRequest:
     metrics: Mapping[str, float] | None = None
     parent: dict[str, Json] | None = None
     config: dict[str, Json] | None = None
+    inspection: Inspection | None = None
 
     @property
     def action(self) -> str:
@@ -77,6 +80,7 @@ class PreparedSave:
         staged: This rank's share; None if it writes nothing.
         workspace: What is kept for the next save.
         stage_s: Seconds that planning and staging took.
+        sampled: A sample of what should be the same on all ranks; None if there is nothing to compare.
         failure: What went wrong on this rank since the ranks agreed to save; the commit tells all.
     """
 
@@ -86,6 +90,7 @@ class PreparedSave:
     staged: Staged | None
     workspace: Workspace
     stage_s: float
+    sampled: Sampled | None = None
     failure: Exception | None = None
 
 
@@ -119,8 +124,10 @@ def prepare(
     """
     begun = time.monotonic()
     flat, verdict = _agree(state, request, ranks=ranks, workspace=workspace)
-    objects, staged, failure = flat, None, None
+    objects, staged, sampled, failure = flat, None, None, None
     try:
+        if request.inspection is not None and request.inspection.replicas != "off" and ranks.world_size > 1:
+            sampled = request.inspection.sample(flat, attempt=verdict["attempt"])
         objects, share, tensors = _share(flat, verdict["per_rank"], request, ranks=ranks, workspace=workspace)
         if share.plan.blocks:
             patient = share.picked(_patience(state, objects, len(tensors))) if overlap else None
@@ -136,6 +143,7 @@ def prepare(
         staged=staged,
         workspace=workspace,
         stage_s=time.monotonic() - begun,
+        sampled=sampled,
         failure=failure,
     )
 
@@ -268,8 +276,16 @@ class Committed:
     num_bytes: int
 
 
-def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed | None:
+def commit(
+    save: PreparedSave, *, ranks: Ranks, storage: Storage, insist: Callable[[], None] = lambda: None
+) -> Committed | None:
     """Write this rank's share, and once every rank has, publish the manifest.
+
+    Args:
+        save: What to commit.
+        ranks: The channel of the thread that writes.
+        storage: The run's directory.
+        insist: Called on rank 0 right before the manifest is published; raises if nothing may be published any more.
 
     Returns:
         On rank 0 what was published, on the others None.
@@ -277,7 +293,10 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
     Raises:
         RankFailedError: A rank failed; the save is abandoned, and what it wrote is removed as far as possible.
         RankTimeoutError: A rank did not come; likewise.
+        NonFiniteStateError: The state holds NaN or infinities, and is not to be saved then; likewise.
+        StateDivergedError: The ranks' states differ, and are not to be saved then; likewise.
         CheckpointExistsError: The step was committed by somebody else.
+        DirectoryBusyError: Another job has taken the directory over.
         StorageError: As the only rank, it could not be written.
 
     Ranks: all (collective); blocks until the checkpoint is committed.
@@ -292,14 +311,26 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
         if save.failure is not None:
             raise save.failure
         begun = time.monotonic()
-        share = write_share(storage, request.folder, save.attempt, rank=ranks.rank, staged=save.staged)
+        watched = _watched(save)
+        share = write_share(
+            storage, request.folder, save.attempt, rank=ranks.rank, staged=cast("Staged | None", watched)
+        )
         timings = {"stage_s": round(save.stage_s, 4), "write_s": round(time.monotonic() - begun, 4)}
         own.append(share)  # rank 0 has no need to send its own to itself
-        return {**(_report(save, share, told) if ranks.rank else {}), "timings": timings}
+        seen = {
+            "bad": watched.found() if isinstance(watched, Watched) else [],
+            "sample": None if save.sampled is None else save.sampled.digest(),
+        }
+        return {**(_report(save, share, told) if ranks.rank else {}), **seen, "timings": timings}
 
     @kept_off()
-    def finish(facts: list[Json]) -> None:
+    def finish(facts: list[Json]) -> Json:
         nonlocal tried
+        has_parted = len({fact["sample"] for fact in facts}) > 1
+        if request.inspection is not None:
+            request.inspection.judge_finite(request.step, [fact["bad"] for fact in facts])
+            if has_parted and request.inspection.replicas == "error":
+                return {"has_parted": True}
         shares, trees = [*own], [{o.key: o.tree for o in save.objects if o.per_rank}]
         for rank, fact in enumerate(facts[1:], start=1):
             blocks = told.unpacked(rank, "blocks", fact["blocks"], fileplan.from_json)
@@ -307,12 +338,15 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
             trees.append({key: told.unpacked(rank, key, tree) for key, tree in fact["trees"].items()})
         manifest = assemble(_header(save, facts, trees), shares, save.workspace.draft)
         texts = {"tensors": save.workspace.draft.text, "objects": _objects_text(save, manifest)}
+        insist()
         tried = True  # from here on it may be there, whatever is raised
         num_bytes = publish(storage, request.folder, manifest, texts=texts)
         published.append(Committed(manifest=manifest, num_bytes=num_bytes))
+        return {"has_parted": has_parted}
 
     try:
-        ranks.agree(request.action, write, finish)
+        if ranks.agree(request.action, write, finish)["has_parted"]:
+            _tell_divergence(save, ranks)
     except BaseException:
         if ranks.rank == 0 and not tried:
             with contextlib.suppress(Exception):
@@ -320,6 +354,27 @@ def commit(save: PreparedSave, *, ranks: Ranks, storage: Storage) -> Committed |
         raise
     told.settle()
     return published[0] if published else None
+
+
+def _watched(save: PreparedSave) -> Staged | Watched | None:
+    """Return this rank's share, which is looked at while it is written, if that is wanted."""
+    inspection = save.request.inspection
+    if save.staged is None or inspection is None or inspection.finite == "off":
+        return save.staged
+    return inspection.watched(save.staged, save.objects)
+
+
+def _tell_divergence(save: PreparedSave, ranks: Ranks) -> None:
+    """Compare the samples tensor by tensor: raise, or, if that is all that is wanted, warn."""
+    inspection, sampled = save.request.inspection, save.sampled
+    assert inspection is not None
+    assert sampled is not None
+
+    def judge(facts: list[Json]) -> None:
+        inspection.judge_replicas(save.request.step, facts)
+
+    with contextlib.suppress(DistckptError) if inspection.replicas == "warn" else contextlib.nullcontext():
+        ranks.agree(f"comparison of the ranks at step {save.request.step}", sampled.digests, judge)
 
 
 def _report(save: PreparedSave, share: RankShare, told: Told) -> Json:

@@ -8,19 +8,25 @@ Invariant: `Reader.fill` returns only if every byte that it handed out is one th
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 
 from distckpt import names
-from distckpt.checksum import digest
+from distckpt.checksum import Running, digest
 from distckpt.errors import CheckpointDamagedError
 from distckpt.manifest import DataFile, Segment
-from distckpt.storage import Readable, Storage, read_scattered
+from distckpt.storage import OpenFile, Readable, StepwiseStorage, Storage, read_scattered
+from distckpt.storage.mapping import copy
 
 # Large enough that a read is efficient and digests are few, small enough that reading a part of a tensor reads little
 # more, and that a segment is still in the processor's cache when it is hashed after it was read.
 SEGMENT_BYTES = 4 << 20
+# Of hashing and then copying. Source: 1.07 GB took 0.035 s in steps of 512 KiB, as long as reading alone; 0.042 s if it
+# was read by system calls and then hashed.
+STEP_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,52 +238,106 @@ class Reader:
         num_files = max(len(self._files), 1)
         tasks.sort(key=lambda task: ((task.index - self._first) % num_files, task.begin))
         num_readers = min(self._storage.capabilities.num_readers, len(tasks))
-        if num_readers < 2:
-            for task in tasks:
-                self._do(task)
-            return
-        with ThreadPoolExecutor(num_readers, thread_name_prefix="distckpt-read") as readers:
+        with ExitStack() as stack:
+            files = _OpenFiles(self._storage, self._folder, self._files, stack)
+            if num_readers < 2:
+                for task in tasks:
+                    self._do(task, files)
+                return
+            readers = stack.enter_context(ThreadPoolExecutor(num_readers, thread_name_prefix="distckpt-read"))
             try:
-                for _ in readers.map(self._do, tasks):
+                for _ in readers.map(lambda task: self._do(task, files), tasks):
                     pass
             except BaseException:
                 readers.shutdown(cancel_futures=True)
                 raise
 
-    def _do(self, task: _Task) -> None:
-        """Read one task's segments to where they are wanted, and check them."""
-        end = task.begin + task.num_bytes
-        targets = _tiling(task, end, self._memory)
-        whole = self._memory.taken(task.num_bytes) if targets is None else memoryview(b"")
-        parts = [whole] if targets is None else targets
-        self._read(task, parts)
-        self._compare(task, parts)
-        for wanted in task.ranges if targets is None else ():
-            first, last = max(wanted.begin, task.begin), min(wanted.end, end)
-            wanted.into[first - wanted.begin : last - wanted.begin] = whole[first - task.begin : last - task.begin]
-        self._checked.update((task.index, task.number + number) for number in range(len(task.segments)))
-
-    def _read(self, task: _Task, parts: Sequence[memoryview]) -> None:
+    def _do(self, task: _Task, files: _OpenFiles) -> None:
+        """Bring one task's segments to where they are wanted, each compared with its digest."""
         file = self._files[task.index]
         try:
-            read_scattered(self._storage, names.join(self._folder, file.name), task.begin, parts)
+            open_file = files.get(task.index)
+            with open_file.seen(task.begin, task.num_bytes) if open_file is not None else nullcontext() as seen:
+                if seen is not None:
+                    self._take_seen(task, seen)
+                else:
+                    self._take_read(task, open_file)
         except FileNotFoundError as error:
             raise self._damaged(file, "is missing") from error
         except EOFError as error:
             problem = f"is shorter than the {file.num_bytes:,} bytes that the manifest says"
             raise self._damaged(file, problem) from error
+        self._checked.update((task.index, task.number + number) for number in range(len(task.segments)))
 
-    def _compare(self, task: _Task, parts: Sequence[memoryview]) -> None:
-        """Compare each segment of a task with its digest."""
+    def _take_seen(self, task: _Task, seen: memoryview) -> None:
+        """Hash a task's segments where they lie, and copy them while the processor's cache holds them."""
+        file, begin = self._files[task.index], task.begin
+        wanting = deque(task.ranges)
+        for segment in task.segments:
+            running, end = Running(), begin + segment.num_bytes
+            for first in range(begin, end, STEP_BYTES):
+                last = min(first + STEP_BYTES, end)
+                running.add(seen[first - task.begin : last - task.begin])
+                for wanted in wanting:
+                    if wanted.begin >= last:
+                        break
+                    _copy(wanted, seen, task.begin, first, last)
+                while wanting and wanting[0].end <= last:
+                    wanting.popleft()
+            self._compare(file, begin, segment, running.digest())
+            begin = end
+
+    def _take_read(self, task: _Task, open_file: OpenFile | None) -> None:
+        """Read a task's segments, and hash them."""
+        file, end = self._files[task.index], task.begin + task.num_bytes
+        targets = _tiling(task, end, self._memory)
+        whole = self._memory.taken(task.num_bytes) if targets is None else memoryview(b"")
+        parts = [whole] if targets is None else targets
+        if open_file is not None:
+            open_file.read(task.begin, parts)
+        else:
+            read_scattered(self._storage, names.join(self._folder, file.name), task.begin, parts)
         begin = task.begin
-        for segment, pieces in zip(task.segments, _cut(parts, [s.num_bytes for s in task.segments]), strict=True):
-            if digest(*pieces) != segment.digest:
-                problem = f"has wrong bytes between {begin:,} and {begin + segment.num_bytes:,}"
-                raise self._damaged(self._files[task.index], problem)
+        for segment, views in zip(task.segments, _cut(parts, [s.num_bytes for s in task.segments]), strict=True):
+            self._compare(file, begin, segment, digest(*views))
             begin += segment.num_bytes
+        for wanted in task.ranges if targets is None else ():
+            _copy(wanted, whole, task.begin, task.begin, end)
+
+    def _compare(self, file: DataFile, begin: int, segment: Segment, found: str) -> None:
+        """Refuse a segment whose digest is not the one that was written."""
+        if found != segment.digest:
+            raise self._damaged(file, f"has wrong bytes between {begin:,} and {begin + segment.num_bytes:,}")
 
     def _damaged(self, file: DataFile, problem: str) -> CheckpointDamagedError:
         return CheckpointDamagedError(path=self._path, step=self._step, file=file.name, problem=problem)
+
+
+class _OpenFiles:
+    """The files of one reading, each opened when it is needed; none, where a storage opens none."""
+
+    def __init__(self, storage: Readable, folder: str, files: Sequence[DataFile], stack: ExitStack) -> None:
+        self._storage = storage if isinstance(storage, StepwiseStorage) else None
+        self._names = [names.join(folder, file.name) for file in files]
+        self._stack = stack
+        self._lock = threading.Lock()
+        self._open: dict[int, OpenFile] = {}
+
+    def get(self, index: int) -> OpenFile | None:
+        """Return a file, open."""
+        if self._storage is None:
+            return None
+        with self._lock:
+            if index not in self._open:
+                self._open[index] = self._stack.enter_context(self._storage.reading(self._names[index]))
+            return self._open[index]
+
+
+def _copy(wanted: Range, source: memoryview, origin: int, first: int, last: int) -> None:
+    """Copy what `source`, which begins at the file's byte `origin`, holds of a range between two bytes of the file."""
+    first, last = max(wanted.begin, first), min(wanted.end, last)
+    if first < last:
+        copy(wanted.into[first - wanted.begin : last - wanted.begin], source[first - origin : last - origin])
 
 
 class _Memory(threading.local):

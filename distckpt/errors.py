@@ -19,9 +19,11 @@ __all__ = [
     "DirectoryBusyError",
     "DistckptError",
     "FormatVersionError",
+    "NonFiniteStateError",
     "RankFailedError",
     "RankTimeoutError",
     "SaveInFlightError",
+    "StateDivergedError",
     "StateLoadError",
     "StateMismatchError",
     "StorageError",
@@ -117,14 +119,8 @@ class StorageError(DistckptError, OSError):
     cause: str
 
     def __init__(self, *, path: str, action: str, cause: str, errno: int | None = None, fix: str | None = None) -> None:
-        self._tell(
-            f"could not {action} {path!r}: {cause}",
-            fix=fix,
-            path=path,
-            action=action,
-            cause=cause,
-            errno=errno,
-        )
+        message = f"could not {action} {path!r}: {cause}"
+        self._tell(message, fix=fix, path=path, action=action, cause=cause, errno=errno)
 
 
 class CheckpointExistsError(DistckptError, FileExistsError):
@@ -139,12 +135,9 @@ class CheckpointExistsError(DistckptError, FileExistsError):
     found: str
 
     def __init__(self, *, path: str, found: str, fix: str | None = None) -> None:
-        self._tell(
-            f"{path!r} exists already ({found}); a committed checkpoint is never overwritten",
-            fix=fix or "save another step, or give this job a directory of its own",
-            path=path,
-            found=found,
-        )
+        message = f"{path!r} exists already ({found}); a committed checkpoint is never overwritten"
+        advice = "save another step, or give this job a directory of its own"
+        self._tell(message, fix=fix or advice, path=path, found=found)
 
 
 class CheckpointNotFoundError(DistckptError, FileNotFoundError):
@@ -205,13 +198,9 @@ class FormatVersionError(DistckptError, ValueError):
     supported: int
 
     def __init__(self, *, path: str, found: int, supported: int, fix: str | None = None) -> None:
-        self._tell(
-            f"{path!r} has format version {found}; this distckpt reads up to {supported}",
-            fix=fix or "pip install --upgrade distckpt",
-            path=path,
-            found=found,
-            supported=supported,
-        )
+        message = f"{path!r} has format version {found}; this distckpt reads up to {supported}"
+        advice = "pip install --upgrade distckpt"
+        self._tell(message, fix=fix or advice, path=path, found=found, supported=supported)
 
 
 class StateMismatchError(DistckptError, ValueError):
@@ -397,12 +386,50 @@ class SaveInFlightError(DistckptError, RuntimeError):
     in_flight: int
 
     def __init__(self, *, step: int, in_flight: int, fix: str | None = None) -> None:
-        self._tell(
-            f"save of step {step} refused: the save of step {in_flight} is still being written",
-            fix=fix or 'save less often, or let saves wait or be skipped: CheckpointManager(..., when_busy="wait")',
-            step=step,
-            in_flight=in_flight,
-        )
+        message = f"save of step {step} refused: the save of step {in_flight} is still being written"
+        advice = 'save less often, or let saves wait or be skipped: CheckpointManager(..., when_busy="wait")'
+        self._tell(message, fix=fix or advice, step=step, in_flight=in_flight)
+
+
+class StateDivergedError(DistckptError, RuntimeError):
+    """Ranks do not hold the same parameters or optimizer states where they should.
+
+    Attributes:
+        step: The step that was to be saved.
+        names: The tensors that differ, of the sample that was compared.
+        ranks: The ranks that hold something else than most.
+    """
+
+    step: int
+    names: list[str]
+    ranks: list[int]
+
+    def __init__(self, *, step: int, names: list[str], ranks: list[int], fix: str | None = None) -> None:
+        odd = ", ".join(map(str, ranks[:SHOWN_PROBLEMS]))
+        advice = "restore an older checkpoint, and look at the hardware of these ranks, and at what changes parameters "
+        advice += "beside the optimizer; state that is meant to differ is marked by PerRank(...)"
+        message = f"step {step}: replicas have diverged: rank {odd} has other values in "
+        self._tell(message + _listed(names), fix=fix or advice, step=step, names=names, ranks=ranks)
+
+
+class NonFiniteStateError(DistckptError, ArithmeticError):
+    """Parameters or optimizer states hold NaN or infinities.
+
+    Attributes:
+        step: The step that was to be saved.
+        names: The tensors that do.
+    """
+
+    step: int
+    names: list[str]
+
+    def __init__(self, *, step: int, names: list[str], fix: str | None = None) -> None:
+        advice = "restore an older checkpoint, and lower the learning rate or clip the gradients"
+        self._tell(f"step {step}: NaN or infinities in {_listed(names)}", fix=fix or advice, step=step, names=names)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def to_wire(error: DistckptError) -> dict[str, Any]:

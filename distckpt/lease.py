@@ -185,10 +185,14 @@ class Lease:
         self._tidy(name for name, old in after.files.items() if name != file_name(number) and old <= number)
         return True
 
-    def still_held(self) -> bool:
-        """Say whether this job surely owns the directory now, as far as it knows; asks the storage nothing."""
+    def still_held(self, *, share: float = 0.0) -> bool:
+        """Say whether this job surely owns the directory now, as far as it knows; asks the storage nothing.
+
+        Args:
+            share: For how much of the lease's duration it has to be its own from now on.
+        """
         is_owner = self._is_owner and self._taker is None and not self._stop.is_set()
-        return is_owner and self._machine.now() < self._valid_until
+        return is_owner and self._machine.now() + share * self._duration_s < self._valid_until
 
     def check(self) -> None:
         """Make sure that this job owns the directory, and for half the lease's duration; call it before a publish.

@@ -14,6 +14,7 @@ from typing import Any, Self, get_args
 from distckpt import catalog
 from distckpt.catalog import Checkpoint
 from distckpt.errors import ConfigError, DistckptError, UsageError
+from distckpt.inspection import Inspection, Mode
 from distckpt.interval import Every
 from distckpt.manifest import Layout
 from distckpt.pace import Pace, past_uptimes
@@ -24,6 +25,7 @@ from distckpt.retention import Retention
 from distckpt.saver import Saver, WhenBusy
 from distckpt.schedule import Schedule
 from distckpt.storage import open_storage
+from distckpt.tenure import Tenure
 from distckpt.values import Json
 
 logger = logging.getLogger("distckpt")
@@ -50,6 +52,11 @@ class CheckpointManager:
     written, and `mtbf_s`. It is at most an hour, and never so short that saves cost more than 5 % of the training, that
     one waits for the other, or 10 s. The choice and its predicted cost are logged whenever it changes.
 
+    A job that saves owns its directory, from its first restore or save until it is closed: a second one fails with the
+    owner's host, process and time, and a dead owner's place is taken, at once on the same host, after a minute from
+    another one. Readers (`restore` without `every`, `load`, the command line) need no ownership. What killed saves have
+    left is deleted at the start.
+
     Args:
         directory: The run's directory: a path, or a URL that fsspec knows, such as "s3://bucket/run-7".
         every: Save each so many steps, or after a time ("90s", "10min", "2h"), or "auto"; None saves only when told.
@@ -66,9 +73,13 @@ class CheckpointManager:
             newest checkpoints show.
         when_busy: What a save does that finds one in flight: "wait" for it, "skip" with a warning, or "raise". The last
             save of `steps`, and that of a preemption, wait.
-
         overlap: Whether a GPU goes on training while it copies what changes only in an optimizer's step; that step then
             waits for the copy. False, if parameters are changed by other means between a save and the next step.
+        check_replicas: What happens if ranks differ in parameters or optimizer states of which each holds its own copy
+            of the same: "warn", not to save it ("error"), or nothing is compared ("off"). Each save compares another
+            part, about 1 MB, on the thread that writes.
+        check_finite: What happens if parameters or optimizer states hold NaN or infinities: "warn", not to save it
+            ("error"), or nothing is looked at ("off"). The thread that writes looks at all that it writes.
 
     Attributes:
         preempted: Whether the loop ended because of such a signal, after its last save was committed.
@@ -94,6 +105,8 @@ class CheckpointManager:
         mtbf_s: float | None = None,
         when_busy: WhenBusy = "wait",
         overlap: bool = True,
+        check_replicas: Mode = "warn",
+        check_finite: Mode = "warn",
     ) -> None:
         if layout not in ("sharded", "full"):
             raise ConfigError(source="CheckpointManager", problem=f'layout must be "sharded" or "full", is {layout!r}')
@@ -104,14 +117,20 @@ class CheckpointManager:
         if when_busy not in get_args(WhenBusy):
             problem = f'when_busy must be "wait", "skip" or "raise", is {when_busy!r}'
             raise ConfigError(source="CheckpointManager", problem=problem)
+        for name, mode in {"check_replicas": check_replicas, "check_finite": check_finite}.items():
+            if mode not in get_args(Mode):
+                problem = f'{name} must be "off", "warn" or "error", is {mode!r}'
+                raise ConfigError(source="CheckpointManager", problem=problem)
         self.preempted = False
         self._storage = open_storage(directory, storage_options=storage_options)
         self._every = Every.of(every)
+        self._owns = self._every != Every()  # who saves by itself is no reader
         self._timeout_s = timeout_s
         self._rng = rng
         self._preemption = Preemption(signals)
         self._pace = Pace(self._every, mtbf_s=mtbf_s)
         self._schedule = Schedule(self._every, pace=self._pace, preemption=self._preemption)
+        self._tenure = Tenure(timeout_s=timeout_s)
         self._saver = Saver(
             self._storage,
             retention=Retention.of(keep),
@@ -121,6 +140,8 @@ class CheckpointManager:
             when_busy=when_busy,
             rng=rng,
             config=config,
+            tenure=self._tenure,
+            inspection=Inspection(replicas=check_replicas, finite=check_finite),
             overlap=overlap,
         )
         self._is_unused = True  # nothing has been restored, and no step done: the state is worth nothing yet
@@ -140,7 +161,7 @@ class CheckpointManager:
             return
         # Another rank may be gone for the same reason: what is in flight gets its chance, but hides no error.
         try:
-            self.close()
+            self._close(because=error)
         except DistckptError as failed:
             logger.error("while leaving because of %s: %s", type(error).__name__, failed)
 
@@ -209,6 +230,7 @@ class CheckpointManager:
 
         Ranks: all (collective); blocks as `restore` and `step` do, and at the end until the last save is committed.
         """
+        self._owns = True
         done = self.restore(state)
         for step in range(done + 1, until + 1):
             yield step
@@ -241,6 +263,7 @@ class CheckpointManager:
             StateMismatchError: The checkpoint does not fit; the state is as it was.
             CheckpointDamagedError: There are checkpoints, but no good one.
             CheckpointNotFoundError: The step that was asked for is not there.
+            DirectoryBusyError: This manager saves by itself, and another job owns the directory.
             RankFailedError: A rank failed.
             RankTimeoutError: A rank did not come.
             StorageError: The directory could not be read.
@@ -252,6 +275,8 @@ class CheckpointManager:
         )
         ranks = self._ranks
         self._saver.settle()
+        if self._owns:
+            self._saver.own(ranks)
         self._is_unused = False
         begun = time.monotonic()
         try:
@@ -260,6 +285,8 @@ class CheckpointManager:
             self._is_torn = self._is_torn or is_torn(error)
             raise
         self._is_torn = self._is_torn and loaded is None
+        if self._owns:
+            self._saver.sweep()
         self._pace.restart(0 if loaded is None else loaded[1].step)
         if loaded is None:
             return 0
@@ -306,6 +333,7 @@ class CheckpointManager:
         if due.stop:
             self.wait()
             self.preempted = True
+            self._tenure.conclude("preempted", step=step)  # the time to say so at the end may be too short
         self._pace.step_begins(writing=self._saver.is_busy)
         return due.stop
 
@@ -343,6 +371,9 @@ class CheckpointManager:
         Raises:
             UnsupportedStateError: The state holds something that cannot be saved; names the key.
             UsageError: The ranks' states do not fit together, or the manager is closed.
+            DirectoryBusyError: Another job owns the directory, or has taken it over.
+            NonFiniteStateError: The state holds NaN or infinities, and `check_finite` is "error".
+            StateDivergedError: The ranks' states differ, and `check_replicas` is "error".
             CheckpointExistsError: The step has been committed by somebody else.
             SaveInFlightError: The save before is still being written, and `when_busy` is "raise".
             RankFailedError: A rank failed in this save, or in the one before that ran in the background.
@@ -388,10 +419,20 @@ class CheckpointManager:
 
         Ranks: any; blocks as `wait` does.
         """
+        self._close(because=None)
+
+    def _close(self, *, because: BaseException | None) -> None:
         if self._closed:
             return
         try:
             self.wait()
+        except DistckptError as error:
+            because = because or error
+            raise
         finally:
             self._closed = True
             self._preemption.ignore()
+            if isinstance(because, SystemExit) and not because.code:
+                because = None
+            reason = None if because is None else f"{type(because).__name__}: {because}".partition("\nFix:")[0]
+            self._tenure.end("complete" if reason is None else "failed", step=self._saver.saved_step, reason=reason)

@@ -39,6 +39,8 @@ def inspect(data: bytes, begin: int = 0) -> Inspection:
     Raises:
         OversizedPickleError: It would grow far beyond its size.
         ValueError: It is cut off, or malformed.
+
+    Ranks: any.
     """
     stream = io.BytesIO(data)
     stream.seek(begin)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distckpt.safetensors import ITEM_BYTES
+from distckpt.safetensors import ALIGNMENT, ITEM_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +157,17 @@ def _rows(item: Item, begin: int, end: int | None) -> Block:
 
 
 def in_file_order(blocks: Sequence[Block]) -> list[Block]:
-    """Return blocks as they stand in a file: the widest dtypes first, so that each is aligned to its own width.
+    """Return blocks as they stand in a file: those first whose size more powers of two divide.
+
+    So each is aligned to the largest one, up to `ALIGNMENT`, that divides its size, which is at least its item's width.
+    Source: the system copies to and from memory that lies as the file does, modulo 64 bytes, in two thirds of the time.
 
     Ranks: any.
     """
-    return sorted(blocks, key=lambda block: -ITEM_BYTES[block.dtype])
+    return sorted(blocks, key=_file_order)
+
+
+def _file_order(block: Block) -> tuple[int, int, str]:
+    num_bytes = block.num_bytes
+    alignment = min(num_bytes & -num_bytes, ALIGNMENT) if num_bytes else ALIGNMENT
+    return -alignment, -ITEM_BYTES[block.dtype], block.dtype

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import queue
 import socket
 import threading
@@ -70,7 +71,9 @@ class Ranks:
             if self.world_size > 1:
                 # A clone has its own connection: a wait on one does not hold up the other.
                 store = dist.distributed_c10d._get_default_store().clone()
-                self._store = dist.distributed_c10d.PrefixStore(f"distckpt{channel}", store)
+                # A launcher may keep the store when it starts the ranks again: what they said then must not count now.
+                start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                self._store = dist.distributed_c10d.PrefixStore(f"distckpt{start}/{channel}", store)
 
     def agree(self, action: str, work: Callable[[], Fact], decide: Callable[[list[Fact]], Verdict]) -> Verdict:
         """Do `work` on every rank, and return on every rank what rank 0 decides from all its results.

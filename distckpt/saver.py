@@ -14,11 +14,13 @@ from distckpt import catalog, names
 from distckpt.background import Pruner, PruneRequest, Writing
 from distckpt.commit import Copy, PreparedSave, SaveRequest, commit, prepare, prewarm
 from distckpt.errors import SaveInFlightError, UsageError
+from distckpt.inspection import Inspection
 from distckpt.manifest import Layout, Manifest
 from distckpt.pace import Pace
 from distckpt.ranks import Ranks
 from distckpt.retention import Retention
 from distckpt.storage import Storage
+from distckpt.tenure import Tenure
 from distckpt.values import Json
 from distckpt.workspace import Workspace
 
@@ -39,6 +41,8 @@ class Saver:
         when_busy: What a save does that finds one in flight.
         rng: Whether to save the random-number generators.
         config: The run's configuration.
+        tenure: The job's ownership of the directory.
+        inspection: Looks at what is saved.
         overlap: Whether a GPU's training goes on while what changes only in an optimizer's step is copied.
 
     Attributes:
@@ -57,6 +61,8 @@ class Saver:
         when_busy: WhenBusy,
         rng: bool,
         config: Mapping[str, Json] | None,
+        tenure: Tenure,
+        inspection: Inspection | None = None,
         overlap: bool = True,
     ) -> None:
         self.storage = storage
@@ -67,15 +73,23 @@ class Saver:
         self._when_busy: WhenBusy = when_busy
         self._rng = rng
         self._config = None if config is None else dict(config)
+        self._inspection = inspection
         self._overlap = overlap
         self._workspace = Workspace()
         self._writing = Writing()
-        self._pruner = Pruner(retention)
+        self._tenure = tenure
+        self._pruner = Pruner(retention, insist=tenure.insist)
+        self._has_swept = False
         self._run: str | None = None
         self._parent: dict[str, Json] | None = None
         self._resumed_from: int | None = None
         self._begun_step: int | None = None
         self._saved_step: int | None = None
+
+    @property
+    def saved_step(self) -> int | None:
+        """The newest step that is committed or was restored; None if there is none."""
+        return self._saved_step
 
     @property
     def is_busy(self) -> bool:
@@ -88,8 +102,33 @@ class Saver:
         Ranks: any.
         """
         self._run = manifest.run
+        self._tenure.name_run(manifest.run)
         self._parent = {"step": manifest.step, "attempt": manifest.attempt}
         self._resumed_from = self._saved_step = manifest.step
+
+    def own(self, ranks: Ranks) -> None:
+        """Take the directory, unless this job has it.
+
+        Raises:
+            As `Tenure.begin` does.
+
+        Ranks: all (collective); blocks as `Tenure.begin` does.
+        """
+        self._tenure.begin(self.storage, ranks)
+
+    def sweep(self) -> bool:
+        """Have deleted what dead saves before this job left, once, and if the directory is surely its own.
+
+        Returns:
+            Whether that was begun now.
+
+        Ranks: any; returns at once.
+        """
+        begins = not self._has_swept and self._tenure.is_owner
+        if begins:
+            self._has_swept = True
+            self._pruner.sweep(self.storage)
+        return begins
 
     def prewarm(self, state: Mapping[str, Any], *, ranks: Ranks) -> int:
         """Plan and allocate what a save of `state` needs; return this rank's bytes.
@@ -143,6 +182,9 @@ class Saver:
         self.await_commit()
         if step == self._saved_step:
             return
+        self.own(ranks)
+        if self.sweep():  # it may have to clear just this folder, in which the save begins now
+            self._pruner.wait()
         request = self._request(step, metrics, ranks)
         self._pruner.spare(step)
         try:
@@ -200,6 +242,7 @@ class Saver:
         """Return what the save of `step` is told; a fresh run is named first, the same on every rank."""
         if self._run is None:
             self._run = ranks.agree("naming the run", lambda: None, lambda _: names.new_attempt())
+            self._tenure.name_run(self._run)
         return SaveRequest(
             step=step,
             folder=names.step_name(step),
@@ -209,6 +252,7 @@ class Saver:
             metrics=_checked(metrics),
             parent=self._parent,
             config=self._config,
+            inspection=self._inspection,
         )
 
     def _write(self, prepared: PreparedSave, ranks: Ranks, begun: float, stall_s: float | None) -> None:
@@ -218,7 +262,7 @@ class Saver:
         """
         step, writing_since = prepared.request.step, time.monotonic()
         try:
-            done = commit(prepared, ranks=ranks, storage=self.storage)
+            done = commit(prepared, ranks=ranks, storage=self.storage, insist=self._tenure.insist)
         finally:
             self._pruner.release()
         now = time.monotonic()

@@ -4,7 +4,11 @@ With `--keep N` also what retention would do with each, and why (a running job a
 which cannot be seen here); with `--tree` by lineage: each checkpoint below the one
 that its run went on from.
 
-JSON: {"url", "checkpoints": [...]}, oldest step first, each with
+JSON: {"url", "outcome", "checkpoints": [...]}.
+"outcome" is how the latest job that saved here stands, null if none said anything: "state" ("complete", "preempted",
+"failed", "running", or "unknown": it ended without a word), "host" and "pid" of its rank 0, "since" and "renewed" (when
+it began, and last gave a sign of life), and "step", "time" and "reason" of its end (null: it said nothing of it).
+"checkpoints" come oldest step first, each with
 "step" (null: unknown), "path", "state" ("committed", "partial", "damaged" or "newer format"), "problem" (of a damaged
 or newer one, else null), "bytes" (of the data files; of all files if it is not committed), "modified" (the newest
 file's time, null: unknown), "pinned"; null unless it is committed, "created", "world_size", "layout",
@@ -27,7 +31,9 @@ from distckpt.cli.lineage import lines_of
 from distckpt.cli.options import AsJson, StorageOptions, Url, open_url
 from distckpt.cli.prune import Item, make_plan
 from distckpt.inventory import Found
+from distckpt.leasefiles import standing
 from distckpt.retention import Retention
+from distckpt.storage import Storage
 
 _STYLES = {"committed": "green", "partial": "yellow", "damaged": "bold red", "newer format": "red"}
 
@@ -55,10 +61,11 @@ def ls(
     plan = [None for _ in found] if retention is None else _plan(found, retention)
     if as_json:
         listed = [_facts(storage.url, one, item) for one, item in zip(found, plan, strict=True)]
-        terminal.print_json({"url": storage.url, "checkpoints": listed})
+        terminal.print_json({"url": storage.url, "outcome": _outcome(storage), "checkpoints": listed})
         return
     _print_table(found, plan, tree=tree)
     _print_summary(url, found)
+    _print_outcome(_outcome(storage))
 
 
 def _plan(found: list[Found], retention: Retention) -> list[Item | None]:
@@ -84,6 +91,40 @@ def _facts(url: str, found: Found, item: Item | None) -> dict[str, Any]:
         "parent": checkpoint and checkpoint.parent,
         "retention": item and {"action": "delete" if item.goes else "keep", "reasons": list(item.reasons)},
     }
+
+
+def _outcome(storage: Storage) -> dict[str, Any] | None:
+    """Return how the latest job that owned the directory stands."""
+    found = standing(storage)
+    if found is None:
+        return None
+    record, said = found.record, found.record.outcome
+    return {
+        "state": found.state,
+        "host": record.owner.host,
+        "pid": record.owner.pid,
+        "since": record.acquired,
+        "renewed": record.renewed,
+        "step": said and said.step,
+        "time": said and said.time,
+        "reason": said and said.reason,
+    }
+
+
+def _print_outcome(outcome: dict[str, Any] | None) -> None:
+    """Say how the latest job stands."""
+    if outcome is None:
+        return
+    job = f"the latest job (process {outcome['pid']} on {outcome['host']})"
+    match outcome["state"]:
+        case "running":
+            terminal.say(f"{job} is running, since {terminal.date_text(outcome['since'])}")
+        case "unknown":
+            terminal.say(f"{job} ended without a word; its last sign is of {terminal.date_text(outcome['renewed'])}")
+        case ending:
+            at = "" if outcome["step"] is None else f" at step {outcome['step']:,}"
+            reason = "" if outcome["reason"] is None else f": {outcome['reason']}"
+            terminal.say(f"{job} ended {terminal.date_text(outcome['time'])}{at}: {ending}{reason}")
 
 
 def _print_table(found: list[Found], plan: Sequence[Item | None], *, tree: bool) -> None:

@@ -1,7 +1,16 @@
 """Where checkpoints lie: local files, and object stores through fsspec."""
 
 from distckpt.storage.clients import Upload
-from distckpt.storage.contract import Buffer, Capabilities, FileInfo, Readable, Storage, read_scattered
+from distckpt.storage.contract import (
+    Buffer,
+    Capabilities,
+    FileInfo,
+    OpenFile,
+    Readable,
+    StepwiseStorage,
+    Storage,
+    read_scattered,
+)
 from distckpt.storage.local import LocalStorage
 from distckpt.storage.objects import KeepsUploads, ObjectStorage
 from distckpt.storage.opening import open_storage
@@ -15,7 +24,9 @@ __all__ = [
     "KeepsUploads",
     "LocalStorage",
     "ObjectStorage",
+    "OpenFile",
     "Readable",
+    "StepwiseStorage",
     "Storage",
     "Upload",
     "VerbCount",

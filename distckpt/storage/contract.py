@@ -9,6 +9,7 @@ What wraps a storage (retry, counting, fault injection) is a storage too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -187,6 +188,27 @@ def read_scattered(storage: Readable, name: str, offset: int, into: Sequence[mem
         for view in into:
             view.cast("B")[:] = whole[begin : begin + view.nbytes]
             begin += view.nbytes
+
+
+class OpenFile(Protocol):
+    """A file that is open for reading; any thread may use it."""
+
+    def read(self, offset: int, into: Sequence[memoryview]) -> None:
+        """Fill buffers, one after another, from the file's byte `offset` on; raises as `Storage.read` does."""
+        ...
+
+    def seen(self, begin: int, num_bytes: int) -> AbstractContextManager[memoryview | None]:
+        """Give bytes of the file as memory, while the context lasts, not to be written; None if they must be read."""
+        ...
+
+
+@runtime_checkable
+class StepwiseStorage(Protocol):
+    """A storage that holds a file open, so that it can be read in small steps."""
+
+    def reading(self, name: str) -> AbstractContextManager[OpenFile]:
+        """Open a file for reading; raises as `Storage.read` does."""
+        ...
 
 
 def is_plain(name: str) -> bool:

@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import stat
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,13 +22,14 @@ from distckpt.storage import direct
 from distckpt.storage.contract import Buffer, Capabilities, FileInfo, is_plain
 from distckpt.storage.exclusive import name_exclusively
 from distckpt.storage.failures import local_error, telling
+from distckpt.storage.mapping import LocalFile
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _INNER_FOLDER = _FOLDER | os.O_NOFOLLOW
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OLD_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a pipe must not hang us
 _CREATE_TRIES = 100  # how often a folder may vanish between making it and using it
-_MOST_BUFFERS = 1024  # that one system call takes
+_NUM_READERS = max(2, min(8, os.cpu_count() or 1))
 _NO_RESERVING = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}  # the file system has no such thing
 
@@ -64,7 +64,12 @@ class LocalStorage:
     def capabilities(self) -> Capabilities:
         """What a file system promises; `exclusive_publish` turns false if this one is met without such a call."""
         return Capabilities(
-            exclusive_publish=self._is_exclusive, survives_power_loss=True, shared=None, rereads_are_cheap=True
+            exclusive_publish=self._is_exclusive,
+            survives_power_loss=True,
+            shared=None,
+            rereads_are_cheap=True,
+            read_bytes=8 << 20,
+            num_readers=_NUM_READERS,
         )
 
     def put(self, name: str, chunks: Iterable[Buffer], *, num_bytes: int | None = None) -> int:
@@ -131,20 +136,19 @@ class LocalStorage:
                 num_read += count
 
     def read_scattered(self, name: str, offset: int, into: Sequence[memoryview]) -> None:
-        """Fill several buffers, one after another, as `ScatteringStorage` says, with few system calls."""
-        path = self._path(name)
-        left = deque(view.cast("B") for view in into if view.nbytes)
+        """Fill several buffers, one after another, as `ScatteringStorage` says."""
+        with self.reading(name) as file:
+            file.read(offset, into)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[LocalFile]:
+        """Open a file for reading, as `StepwiseStorage` says."""
         with self._opened(name) as fd:
-            while left:
-                with telling("read", path):
-                    count = os.preadv(fd, list(itertools.islice(left, _MOST_BUFFERS)), offset)
-                if count == 0:
-                    raise EOFError(f"{path!r} ends at byte {offset}, more are needed")
-                offset += count
-                while left and count >= len(left[0]):
-                    count -= len(left.popleft())
-                if count:
-                    left[0] = left[0][count:]
+            file = LocalFile(fd, self._path(name))
+            try:
+                yield file
+            finally:
+                file.close()
 
     def read_all(self, name: str, *, limit_bytes: int) -> bytes:
         """Return a small file whole, as `Storage.read_all` says."""

@@ -137,6 +137,12 @@ class CheckpointConfig:
 
     With a metric ("val/loss", "val/top1", "val/top5") every evaluation is followed by a checkpoint.
     """
+    check_replicas: Literal["off", "warn", "error"] = "warn"
+    """What happens if ranks differ in what data-parallel training keeps the same: nothing is compared, a warning, or
+    the checkpoint is refused."""
+    check_finite: Literal["off", "warn", "error"] = "warn"
+    """What happens if parameters or optimizer states hold NaN or infinities: nobody looks, a warning, or the checkpoint
+    is refused."""
     layout: Literal["sharded", "full"] = "sharded"
     """All ranks write their share, or rank 0 writes everything."""
     background: bool = True

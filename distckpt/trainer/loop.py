@@ -151,6 +151,8 @@ def _manager(config: TrainConfig, images: Images, record: dict[str, Any]) -> Che
         config=record,
         mtbf_s=checkpoint.mtbf_s,
         when_busy=checkpoint.when_busy,
+        check_replicas=checkpoint.check_replicas,
+        check_finite=checkpoint.check_finite,
     )
 
 

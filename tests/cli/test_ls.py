@@ -225,3 +225,17 @@ def test_requests_on_s3_grow_by_one_for_each_checkpoint(run: Path, s3_bucket: st
         verbs = ("list", "read", "read_all")
         counts.append(sum(storage.counted(verb).num_calls for verb in verbs))
     assert counts[1] - counts[0] == 2
+
+
+def test_how_the_latest_job_ended_is_told(command: Command, run: Path) -> None:
+    outcome = json.loads(command("ls", run, "--json").stdout)["outcome"]
+    assert outcome.keys() == {"state", "host", "pid", "since", "renewed", "step", "time", "reason"}
+    assert (outcome["state"], outcome["step"], outcome["reason"]) == ("complete", 30, None)
+    assert outcome["since"] <= outcome["time"] <= outcome["renewed"]
+    assert re.search(r"the latest job \(process \d+ on .*\) ended .* at step 30: complete", command("ls", run).stderr)
+
+
+def test_of_a_directory_where_no_job_has_saved_no_outcome_is_told(command: Command, run: Path) -> None:
+    shutil.rmtree(run / "lease")
+    assert json.loads(command("ls", run, "--json").stdout)["outcome"] is None
+    assert "the latest job" not in command("ls", run).stderr

@@ -19,7 +19,7 @@ FLIPS = 20
 
 
 def files_of(run: Path) -> list[Path]:
-    return sorted(file for file in run.rglob("*") if file.is_file())
+    return sorted(file for file in run.glob("step-*/**/*") if file.is_file())
 
 
 def problems(command: Command, url: object) -> dict[tuple[int, str], str]:

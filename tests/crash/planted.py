@@ -87,8 +87,8 @@ def manifest_before_the_other_ranks_have_written(patch: Patch) -> None:
             inner.setattr(storage, "sync", lambda _names: None)
             return write_share(storage, *args, rank=rank, **options)
 
-    def commit_first(save: Any, *, ranks: Any, storage: Any) -> Any:
-        done = real(save, ranks=ranks, storage=storage)
+    def commit_first(save: Any, *, ranks: Any, **options: Any) -> Any:
+        done = real(save, ranks=ranks, **options)
         while ranks.rank and waiting:
             waiting.pop()()
         return done

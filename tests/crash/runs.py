@@ -58,7 +58,7 @@ class StoredManager(CheckpointManager):
     def __init__(self, storage: Storage, crew: Crew, rank: int, *, layout: Layout, keep: int = KEEP) -> None:
         super().__init__("unused", keep=keep, layout=layout, background=False, rng=False, signals=())
         self._storage = self._saver.storage = storage
-        self._saver._pruner = PromptPruner(Retention.of(keep))
+        self._saver._pruner = PromptPruner(Retention.of(keep), insist=self._tenure.insist)
         self._channels = CrewRanks(crew, rank, "training"), CrewRanks(crew, rank, "writing")
 
 

@@ -55,16 +55,23 @@ class GatedStorage:
         return self.inner.put(name, chunks, num_bytes=num_bytes)
 
     def publish(self, name: str, data: bytes) -> None:
-        self._pass(self.publishing)
+        if not name.startswith("lease/"):
+            self._pass(self.publishing)
         self.inner.publish(name, data)
 
     def list(self, folder: str = "") -> list[FileInfo]:
+        if folder == "lease":
+            return self.inner.list(folder)
         self._pass(self.looking)
         found = self.inner.list(folder)
         self._pass(self.listed)
         return found
 
     def delete(self, names: Iterable[str]) -> None:
+        names = list(names)
+        if all(name.startswith("lease/") for name in names):
+            self.inner.delete(names)
+            return
         self._num_deleting += 1
         self.most_at_once = max(self.most_at_once, self._num_deleting)
         self._pass(self.deleting)

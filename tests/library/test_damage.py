@@ -140,7 +140,7 @@ def test_a_run_never_starts_afresh_where_all_checkpoints_are_damaged(tmp_path: P
 
 def test_a_partial_checkpoint_is_invisible_but_not_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     three_steps(tmp_path)
-    for folder in tmp_path.iterdir():
+    for folder in tmp_path.glob("step-*"):
         (folder / MANIFEST).unlink()
     with CheckpointManager(tmp_path) as ckpt, caplog.at_level(logging.WARNING, logger="distckpt"):
         assert ckpt.restore(filled(0)) == 0
@@ -157,7 +157,7 @@ def test_what_dead_saves_left_is_removed_by_the_next_save(tmp_path: Path):
     with CheckpointManager(tmp_path, background=False, keep=10) as ckpt:
         assert ckpt.restore(filled(0)) == 20
         ckpt.save(40, filled(40))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:012d}" for step in (10, 20, 40)]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{step:012d}" for step in (10, 20, 40)]
 
 
 def test_a_load_of_a_damaged_checkpoint_leaves_the_state_as_it_was(tmp_path: Path):

@@ -116,4 +116,4 @@ def test_what_two_ranks_saved_under_ddp_loads_in_a_plain_process(ranks: RankPool
 def test_ranks_that_call_different_verbs_are_told_so(ranks: RankPools, tmp_path: Path):
     for error in ranks(2).run(jobs.do_different_things, str(tmp_path / "run")):
         assert error.startswith("UsageError: the ranks have parted: rank 0 is at 'restore: choosing a checkpoint'")
-        assert "rank 1 at 'naming the run'" in error
+        assert "rank 1 at 'taking the directory'" in error

