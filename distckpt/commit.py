@@ -35,6 +35,7 @@ from distckpt.values import Json
 from distckpt.workspace import Share, Told, Workspace
 
 Copy = Literal["now", "while writing"]
+_TIMINGS = ("stage_s", "write_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +316,7 @@ def commit(
         share = write_share(
             storage, request.folder, save.attempt, rank=ranks.rank, staged=cast("Staged | None", watched)
         )
-        timings = {"stage_s": round(save.stage_s, 4), "write_s": round(time.monotonic() - begun, 4)}
+        timings = [round(save.stage_s, 4), round(time.monotonic() - begun, 4)]
         own.append(share)  # rank 0 has no need to send its own to itself
         seen = {
             "bad": watched.found() if isinstance(watched, Watched) else [],
@@ -437,7 +438,7 @@ def _header(save: PreparedSave, facts: list[Json], trees: list[dict[str, Json]])
         world_size=len(facts),
         objects=objects,
         metrics=request.metrics or {},
-        timings={name: max(fact["timings"][name] for fact in facts) for name in facts[0]["timings"]},
+        timings=dict(zip(_TIMINGS, map(max, zip(*(fact["timings"] for fact in facts), strict=True)), strict=True)),
         parent=request.parent,
         config=request.config,
     )

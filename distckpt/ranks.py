@@ -73,7 +73,7 @@ class Ranks:
                 store = dist.distributed_c10d._get_default_store().clone()
                 # A launcher may keep the store when it starts the ranks again: what they said then must not count now.
                 start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                self._store = dist.distributed_c10d.PrefixStore(f"distckpt{start}/{channel}", store)
+                self._store = dist.distributed_c10d.PrefixStore(f"dc{start}/{channel}", store)
 
     def agree(self, action: str, work: Callable[[], Fact], decide: Callable[[list[Fact]], Verdict]) -> Verdict:
         """Do `work` on every rank, and return on every rank what rank 0 decides from all its results.
@@ -153,12 +153,12 @@ class Ranks:
         number = self._round
         try:
             if self.rank != 0:
-                store.set(f"{number}/{self.rank}", json.dumps(post))
-                verdict = json.loads(self._awaited(store, action, f"{number}/verdict", deadline + _GRACE_S))
+                store.set(f"{number}/{self.rank}", _packed(post))
+                verdict = json.loads(self._awaited(store, action, f"{number}/v", deadline + _GRACE_S))
             else:
                 verdict = self._judge(store, action, post, decide, deadline)
-                store.set(f"{number}/verdict", json.dumps(verdict))
-                store.delete_key(f"{number - 1}/verdict")  # every rank has read it: it has posted since
+                store.set(f"{number}/v", _packed(verdict))
+                store.delete_key(f"{number - 1}/v")  # every rank has read it: it has posted since
         except (dist.DistError, OSError) as error:
             raise RankFailedError(
                 action=action, rank=0, host="of the store", cause=f"{type(error).__name__}: {error}"
@@ -232,6 +232,10 @@ class Ranks:
                 raise
             raise RankTimeoutError(action=action, missing=[0], timeout_s=self.timeout_s) from None
         return found[0]
+
+
+def _packed(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _left(deadline: float) -> timedelta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import operator
 import os
 import platform
@@ -57,7 +58,7 @@ class RankShare:
         if self.file is None:
             return None
         file = self.file
-        digests = "".join(segment.digest for segment in file.segments)
+        digests = base64.b64encode(bytes.fromhex("".join(segment.digest for segment in file.segments))).decode()
         return [file.num_bytes, file.segments[0].num_bytes, digests]
 
     @classmethod
@@ -74,7 +75,8 @@ class RankShare:
         """
         if body is None:
             return cls(file=None, blocks=(), offsets=())
-        num_bytes, header_bytes, digests = body
+        num_bytes, header_bytes, packed = body
+        digests = base64.b64decode(packed).hex()
         segments = tuple(
             Segment(num_bytes=size, digest=digests[32 * index : 32 * (index + 1)])
             for index, size in enumerate(segment_sizes(header_bytes, num_bytes))
