@@ -158,6 +158,8 @@ def test_a_save_waits_until_its_folder_is_not_being_deleted(tmp_path: Path):
 def test_pruning_that_finds_an_older_step_half_written_leaves_it_alone(tmp_path: Path):
     with CheckpointManager(tmp_path, keep=5) as ckpt:
         gates = gated(ckpt)
+        ckpt.save(4, {"x": 4})  # the first one looks at the directory, too
+        ckpt.wait()
         gates.looking.clear()
         ckpt.save(5, {"x": 5})
         ckpt._saver.await_commit()
@@ -169,7 +171,7 @@ def test_pruning_that_finds_an_older_step_half_written_leaves_it_alone(tmp_path:
         gates.looking.set()
         ckpt._saver.await_pruning()
         gates.publishing.set()
-    assert steps_in(tmp_path) == [3, 5]
+    assert steps_in(tmp_path) == [3, 4, 5]
     state = {"x": 0}
     distckpt.load(tmp_path / names.step_name(3), state)
     assert state == {"x": 3}
