@@ -8,7 +8,6 @@ Invariant: the manifest is published by rank 0, after every rank's share is dura
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import socket
 import time
@@ -30,7 +29,7 @@ from distckpt.shards import Header, RankShare, assemble, publish, write_share
 from distckpt.staging import Staged
 from distckpt.state import FlatObject, flatten, gathered, slots
 from distckpt.storage import Storage
-from distckpt.tensors import DTYPE_NAMES, DTYPES, host_bytes, local
+from distckpt.tensors import local, tensor_from_json, tensor_to_json
 from distckpt.values import Json
 from distckpt.workspace import Share, Told, Workspace
 
@@ -248,25 +247,14 @@ def _received(objects: tuple[FlatObject, ...], request: SaveRequest, ranks: Rank
 
     def send() -> Json:
         own = [entry for o in objects if o.per_rank for entry in o.entries] if ranks.rank else []
-        return {entry.name: _to_text(entry.tensor) for entry in own}
+        return {entry.name: tensor_to_json(entry.tensor) for entry in own}
 
     def receive(facts: list[Json]) -> None:
         for fact in facts[1:]:
-            received.update({name: _from_text(body) for name, body in fact.items()})
+            received.update({name: tensor_from_json(body) for name, body in fact.items()})
 
     ranks.agree(request.action, send, receive)
     return received
-
-
-def _to_text(tensor: torch.Tensor) -> Json:
-    return [DTYPE_NAMES[tensor.dtype], list(tensor.shape), base64.b64encode(host_bytes(tensor)).decode()]
-
-
-def _from_text(body: Json) -> torch.Tensor:
-    dtype, shape, text = body
-    data = bytearray(base64.b64decode(text))
-    flat = torch.frombuffer(data, dtype=DTYPES[dtype]) if data else torch.empty(0, dtype=DTYPES[dtype])
-    return flat.reshape(shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,12 +320,7 @@ def commit(
             request.inspection.judge_finite(request.step, [fact["bad"] for fact in facts])
             if has_parted and request.inspection.replicas == "error":
                 return {"has_parted": True}
-        shares, trees = [*own], [{o.key: o.tree for o in save.objects if o.per_rank}]
-        for rank, fact in enumerate(facts[1:], start=1):
-            blocks = told.unpacked(rank, "blocks", fact["blocks"], fileplan.from_json)
-            shares.append(RankShare.from_json(fact["share"], blocks, rank=rank, attempt=save.attempt))
-            trees.append({key: told.unpacked(rank, key, tree) for key, tree in fact["trees"].items()})
-        manifest = assemble(_header(save, facts, trees), shares, save.workspace.draft)
+        manifest = _assembled(save, own, facts)
         texts = {"tensors": save.workspace.draft.text, "objects": _objects_text(save, manifest)}
         insist()
         tried = True  # from here on it may be there, whatever is raised
@@ -355,6 +338,21 @@ def commit(
         raise
     told.settle()
     return published[0] if published else None
+
+
+def _assembled(save: PreparedSave, own: list[RankShare], facts: list[Json]) -> Manifest:
+    """Rank 0: return the manifest of its own share and of those that the others have reported.
+
+    Raises:
+        RankFailedError: The shares together do not cover a tensor exactly once; nothing may be committed.
+    """
+    told = save.workspace.told
+    shares, trees = [*own], [{o.key: o.tree for o in save.objects if o.per_rank}]
+    for rank, fact in enumerate(facts[1:], start=1):
+        blocks = told.unpacked(rank, "blocks", fact["blocks"], fileplan.from_json)
+        shares.append(RankShare.from_json(fact["share"], blocks, rank=rank, attempt=save.attempt))
+        trees.append({key: told.unpacked(rank, key, tree) for key, tree in fact["trees"].items()})
+    return assemble(_header(save, facts, trees), shares, save.workspace.draft)
 
 
 def _watched(save: PreparedSave) -> Staged | Watched | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -150,3 +152,22 @@ def host_bytes(tensor: torch.Tensor) -> memoryview:
     Ranks: any; blocks on a copy from the device.
     """
     return memory(tensor.detach().resolve_conj().resolve_neg().cpu().contiguous())
+
+
+def tensor_to_json(tensor: torch.Tensor) -> list[Any]:
+    """Return a small tensor as JSON, for another rank.
+
+    Ranks: any; blocks on a copy from the device.
+    """
+    return [DTYPE_NAMES[tensor.dtype], list(tensor.shape), base64.b64encode(host_bytes(tensor)).decode()]
+
+
+def tensor_from_json(body: list[Any]) -> torch.Tensor:
+    """Return the tensor that `tensor_to_json` described, on the CPU.
+
+    Ranks: any.
+    """
+    dtype, shape, text = body
+    data = bytearray(base64.b64decode(text))
+    flat = torch.frombuffer(data, dtype=DTYPES[dtype]) if data else torch.empty(0, dtype=DTYPES[dtype])
+    return flat.reshape(shape)

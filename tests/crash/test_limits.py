@@ -9,9 +9,9 @@ from bucket import Objects
 from crashes import NOTHING, named_ops
 from disk import Tree, after_kill
 from recording import Ack, Log, cuts
+from runs import Job, repeatable, silenced, strays, succeed
 
 from distckpt.errors import CheckpointExistsError
-from runs import Job, repeatable, silenced, strays, succeed
 
 CRASHES = 5
 

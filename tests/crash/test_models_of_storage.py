@@ -12,10 +12,10 @@ from bucket import Bucket, Objects
 from crew import Crew, CrewRanks
 from disk import Disk, Tree, after_kill, after_power_loss
 from recording import Log, cuts
+from runs import Job
 
 from distckpt.errors import DistckptError, RankFailedError
 from distckpt.storage import LocalStorage, Storage, open_storage
-from runs import Job
 
 NAMES = ("a", "b", "in/a", "in/b", "in/deeper/a", "out/a", "a/below-a-file")
 NUM_CALLS = 150
