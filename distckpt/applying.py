@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from distckpt.errors import DistckptError, StateLoadError, UsageError
 from distckpt.matching import Match, Part, Reference, references
-from distckpt.modules import is_stock, plain_names, unwrap
+from distckpt.modules import module_state, plain_names, unwrap
 from distckpt.state import PerRank, kind_of
 from distckpt.tensors import local
 
@@ -114,11 +114,12 @@ def _like(value: torch.Tensor, like: DTensor) -> DTensor:
 
 def _apply_module(part: Part, content: dict[str, Any]) -> None:
     module = unwrap(cast(nn.Module, part.slot.value))
+    expected, _, is_stock = module_state(module)
+    if is_stock and all(_is_same(expected.get(name), value) for name, value in content.items()):
+        return  # it was read into the parameters themselves
     plain = plain_names(module)
     here = module.state_dict()
     chosen = OrderedDict((name, content[plain(name)]) for name in here if plain(name) in content)
-    if is_stock(module) and all(_is_same(here[name], value) for name, value in chosen.items()):
-        return  # it was read into the parameters themselves
     metadata = getattr(here, "_metadata", None)
     if metadata is not None:
         chosen._metadata = metadata  # type: ignore[attr-defined]  # versions of modules, for their own load hooks

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from distckpt import names
 from distckpt.errors import UsageError
 from distckpt.manifest import Manifest, TensorEntry
-from distckpt.modules import is_stock, module_state, unwrap
+from distckpt.modules import module_state
 from distckpt.rng import RandomState
 from distckpt.state import Slot, kind_of, slots
 from distckpt.tensors import DTYPE_NAMES, DTYPES
@@ -223,8 +223,8 @@ def _match_module(slot: Slot, content: Any, manifest: Manifest, selection: Selec
     if not isinstance(content, dict):
         result.problems.append(f"{slot.key}: the checkpoint holds a {type(content).__name__}, the state a module")
         return
-    expected, _ = module_state(module)
-    in_place, everything = is_stock(unwrap(module)), selection.is_all
+    expected, _, in_place = module_state(module)
+    everything = selection.is_all
     chosen: dict[str, Any] = {}
     for name, target in expected.items():
         full = f"{slot.key}.{name}"

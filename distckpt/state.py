@@ -370,7 +370,7 @@ def _flatten_object(slot: Slot, blueprints: Blueprints) -> FlatObject:
     kind = kind_of(value)
     buffers: set[str] = set()
     if isinstance(value, nn.Module):
-        content, buffers = module_state(value)
+        content, buffers, _ = module_state(value)
     else:
         content = value.state_dict() if kind != "value" else value
     found = blueprints.follow(key, kind, content, frozenset(buffers))

@@ -141,7 +141,7 @@ def _find_key(manifest: Manifest, key: str | None, path: str) -> str:
 def _load_foreign(
     path: str, content: Mapping[str, Any], model: nn.Module, *, key: str | None, selection: Selection
 ) -> None:
-    expected, _ = module_state(model)
+    expected = module_state(model).content
     found = find_weights(content, set(expected), key=key, path=path)
     selection.check([*expected, *found])
     problems = []
