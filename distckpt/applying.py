@@ -136,14 +136,41 @@ def _is_same(one: Any, other: Any) -> bool:
 
 def _apply_optimizer(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
     """Load an optimizer; its own method casts some states to the parameter's dtype, which is undone."""
-    optimizer.load_state_dict(content)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = [index for group in content["param_groups"] for index in group["params"]]
-    for index, parameter in zip(order, parameters, strict=True):
-        for name, saved in content["state"].get(index, {}).items():
+    states = {parameter: content["state"].get(index) for index, parameter in zip(order, parameters, strict=True)}
+    if _is_stock(optimizer) and all(_is_there(optimizer.state.get(p), saved) for p, saved in states.items()):
+        # Each tensor was read in place: what its own method would do with them, one by one, is to keep them.
+        optimizer.load_state_dict({**content, "state": {}})
+        optimizer.state.update({parameter: saved for parameter, saved in states.items() if saved is not None})
+        return
+    optimizer.load_state_dict(content)
+    for parameter, saved in states.items():
+        for name, value in (saved or {}).items():
             loaded = optimizer.state[parameter].get(name)
-            if isinstance(saved, torch.Tensor) and isinstance(loaded, torch.Tensor) and loaded.dtype != saved.dtype:
-                optimizer.state[parameter][name] = saved.to(loaded.device)
+            if isinstance(value, torch.Tensor) and isinstance(loaded, torch.Tensor) and loaded.dtype != value.dtype:
+                optimizer.state[parameter][name] = value.to(loaded.device)
+
+
+def _is_stock(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether an optimizer is one of torch's own, and loads as such."""
+    kind = type(optimizer)
+    return (
+        kind.__module__.startswith("torch.optim.")
+        and kind.load_state_dict is torch.optim.Optimizer.load_state_dict
+        and "load_state_dict" not in vars(optimizer)
+        and not optimizer._optimizer_load_state_dict_pre_hooks
+        and not optimizer._optimizer_load_state_dict_post_hooks
+    )
+
+
+def _is_there(known: Mapping[str, Any] | None, saved: Mapping[str, Any] | None) -> bool:
+    """Say whether a parameter's saved state is nothing but the tensors that the optimizer has of it."""
+    if known is None or saved is None:
+        return known is saved
+    return known.keys() == saved.keys() and all(
+        value is known[name] and isinstance(value, torch.Tensor) for name, value in saved.items()
+    )
 
 
 def _apply_value(part: Part, content: Any) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -22,7 +22,7 @@ from distckpt import catalog, fileplan, names
 from distckpt.checksum import digest
 from distckpt.errors import DistckptError, RankFailedError, UsageError
 from distckpt.garbage import kept_off
-from distckpt.inspection import Inspection, Sampled, Watched
+from distckpt.inspection import FiniteCheck, Inspection, Sampled
 from distckpt.manifest import Layout, Manifest, ObjectEntry, check_references, objects_text, to_text
 from distckpt.ranks import Ranks
 from distckpt.shards import Header, RankShare, assemble, publish, write_share
@@ -300,14 +300,13 @@ def commit(
         if save.failure is not None:
             raise save.failure
         begun = time.monotonic()
-        watched = _watched(save)
-        share = write_share(
-            storage, request.folder, save.attempt, rank=ranks.rank, staged=cast("Staged | None", watched)
-        )
+        check = _finite_check(save)
+        look = None if check is None else check.look
+        share = write_share(storage, request.folder, save.attempt, rank=ranks.rank, staged=save.staged, look=look)
         timings = [round(save.stage_s, 4), round(time.monotonic() - begun, 4)]
         own.append(share)  # rank 0 has no need to send its own to itself
         seen = {
-            "bad": watched.found() if isinstance(watched, Watched) else [],
+            "bad": [] if check is None else check.found(),
             "sample": None if save.sampled is None else save.sampled.digest(),
         }
         return {**(_report(save, share, told) if ranks.rank else {}), **seen, "timings": timings}
@@ -355,12 +354,12 @@ def _assembled(save: PreparedSave, own: list[RankShare], facts: list[Json]) -> M
     return assemble(_header(save, facts, trees), shares, save.workspace.draft)
 
 
-def _watched(save: PreparedSave) -> Staged | Watched | None:
-    """Return this rank's share, which is looked at while it is written, if that is wanted."""
+def _finite_check(save: PreparedSave) -> FiniteCheck | None:
+    """Return a check of this rank's share, for while it is written, if that is wanted."""
     inspection = save.request.inspection
     if save.staged is None or inspection is None or inspection.finite == "off":
-        return save.staged
-    return inspection.watched(save.staged, save.objects)
+        return None
+    return inspection.finite_check(save.staged.plan, save.objects)
 
 
 def _tell_divergence(save: PreparedSave, ranks: Ranks) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -24,8 +24,8 @@ from distckpt.storage.mapping import copy
 # Large enough that a read is efficient and digests are few, small enough that reading a part of a tensor reads little
 # more, and that a segment is still in the processor's cache when it is hashed after it was read.
 SEGMENT_BYTES = 4 << 20
-# Of hashing and then copying. Source: 1.07 GB took 0.035 s in steps of 512 KiB, as long as reading alone; 0.042 s if it
-# was read by system calls and then hashed.
+# Of hashing and then copying, or looking. Source: to read, hash and copy 1.07 GB took 0.035 s in steps of 512 KiB, as
+# long as reading alone; 0.042 s if it was read by system calls and then hashed.
 STEP_BYTES = 512 << 10
 
 
@@ -54,7 +54,14 @@ def segment_sizes(header_bytes: int, num_bytes: int) -> list[int]:
 
 
 def write(
-    storage: Storage, folder: str, name: str, *, rank: int, parts: Iterable[memoryview], num_bytes: int
+    storage: Storage,
+    folder: str,
+    name: str,
+    *,
+    rank: int,
+    parts: Iterable[memoryview],
+    num_bytes: int,
+    look: Callable[[int, memoryview], None] | None = None,
 ) -> DataFile:
     """Write a data file, durable when this returns but for its directory entry.
 
@@ -65,6 +72,7 @@ def write(
         rank: The rank that writes it.
         parts: The file's segments, in order; each is hashed while it is written.
         num_bytes: The size of all parts.
+        look: Is called with each piece of the file and where it begins, in order, on the thread that hashes.
 
     Raises:
         StorageError: It could not be written; nothing of that name is left.
@@ -73,13 +81,30 @@ def write(
     with ThreadPoolExecutor(1, thread_name_prefix="distckpt-digest") as hasher:
 
         def passing() -> Iterator[memoryview]:
+            begin = 0
             for part in parts:
-                hashed.append((len(part), hasher.submit(digest, part)))
+                hashed.append((len(part), hasher.submit(_digested, part, begin, look)))
+                begin += len(part)
                 yield part
 
         storage.put(names.join(folder, name), passing(), num_bytes=num_bytes)
         segments = tuple(Segment(num_bytes=size, digest=found.result()) for size, found in hashed)
     return DataFile(name=name, rank=rank, num_bytes=num_bytes, segments=segments)
+
+
+def _digested(part: memoryview, begin: int, look: Callable[[int, memoryview], None] | None) -> str:
+    """Return a segment's digest; who looks does so while the processor's cache holds what was hashed.
+
+    Source: hashing and looking for infinities ran at 23 GB/s, one after the other over 4 MiB at 16.
+    """
+    if look is None:
+        return digest(part)
+    running = Running()
+    for first in range(0, len(part), STEP_BYTES):
+        piece = part[first : first + STEP_BYTES]
+        running.add(piece)
+        look(begin + first, piece)
+    return running.digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +155,12 @@ class Reader:
         self._checked: set[tuple[int, int]] = set()
         self._memory = _Memory()
 
-    def fill(self, ranges: Mapping[int, Sequence[Range]]) -> None:
+    def fill(self, ranges: Mapping[int, Sequence[Range]], *, meanwhile: Callable[[], None] | None = None) -> None:
         """Fill ranges, in file order, each segment that they touch read once and checked.
 
         Args:
             ranges: What is wanted, by the file's index.
+            meanwhile: Is called on this thread once the reading is under way.
 
         Raises:
             CheckpointDamagedError: A file is missing, short, or has other bytes than were written; what `ranges` point
@@ -146,7 +172,7 @@ class Reader:
             ordered = sorted((r for r in wanted if len(r.into)), key=lambda r: r.begin)
             self._refuse_short(index, max((r.end for r in ordered), default=0))
             tasks += self._tasks(index, ordered)
-        self._run(tasks)
+        self._run(tasks, meanwhile)
 
     def check(self, spans: Mapping[int, Sequence[tuple[int, int]]]) -> None:
         """Check the segments that spans touch, and keep nothing of them.
@@ -233,8 +259,8 @@ class Reader:
         if group:
             yield _Task(index=index, number=number, begin=begin, segments=group, ranges=[])
 
-    def _run(self, tasks: list[_Task]) -> None:
-        """Do the tasks with threads; the first failure ends all."""
+    def _run(self, tasks: list[_Task], meanwhile: Callable[[], None] | None = None) -> None:
+        """Do the tasks with threads, and meanwhile something else; the first failure ends all."""
         num_files = max(len(self._files), 1)
         tasks.sort(key=lambda task: ((task.index - self._first) % num_files, task.begin))
         num_readers = min(self._storage.capabilities.num_readers, len(tasks))
@@ -243,10 +269,15 @@ class Reader:
             if num_readers < 2:
                 for task in tasks:
                     self._do(task, files)
+                if meanwhile is not None:
+                    meanwhile()
                 return
             readers = stack.enter_context(ThreadPoolExecutor(num_readers, thread_name_prefix="distckpt-read"))
             try:
-                for _ in readers.map(lambda task: self._do(task, files), tasks):
+                done = readers.map(lambda task: self._do(task, files), tasks)
+                if meanwhile is not None:
+                    meanwhile()
+                for _ in done:
                     pass
             except BaseException:
                 readers.shutdown(cancel_futures=True)

@@ -11,7 +11,6 @@ import logging
 import operator
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
@@ -23,7 +22,6 @@ from distckpt.checksum import digest
 from distckpt.divergence import Difference, differences
 from distckpt.errors import NonFiniteStateError, StateDivergedError
 from distckpt.fileplan import FilePlan
-from distckpt.staging import Staged
 from distckpt.state import FlatObject
 from distckpt.tensors import host_bytes, is_everywhere, local
 
@@ -34,18 +32,18 @@ Mode = Literal["off", "warn", "error"]
 SAMPLE_BYTES = 1 << 20
 TENSOR_BYTES = 16 << 10  # what taking a sample of one more tensor costs, in bytes that are copied in that time
 MOST_NAMES = 100
-_LOOK_ITEMS = 1 << 16  # so that what is computed of them stays in the processor's cache
 
-# A number is NaN or infinite if these bits are all set (of float8_e4m3fn, which has no infinity, NaN).
-_BITS: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
-    "F64": (np.uint64, 0x7FF0000000000000),
-    "F32": (np.uint32, 0x7F800000),
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-    "F8_E5M2": (np.uint8, 0x7C),
-    "F8_E4M3": (np.uint8, 0x7F),
-    "C64": (np.uint32, 0x7F800000),
-    "C128": (np.uint64, 0x7FF0000000000000),
+# A number is NaN or infinite if these bits are all set (of float8_e4m3fn, which has no infinity, NaN): as signed
+# integers these are the largest of the positive ones, as unsigned integers those of the negative ones.
+_BITS: Mapping[str, tuple[type[np.signedinteger[Any]], type[np.unsignedinteger[Any]], int]] = {
+    "F64": (np.int64, np.uint64, 0x7FF0000000000000),
+    "F32": (np.int32, np.uint32, 0x7F800000),
+    "F16": (np.int16, np.uint16, 0x7C00),
+    "BF16": (np.int16, np.uint16, 0x7F80),
+    "F8_E5M2": (np.int8, np.uint8, 0x7C),
+    "F8_E4M3": (np.int8, np.uint8, 0x7F),
+    "C64": (np.int32, np.uint32, 0x7F800000),
+    "C128": (np.int64, np.uint64, 0x7FF0000000000000),
 }
 
 
@@ -168,12 +166,12 @@ class Inspection:
                     costs.append(local(entry.tensor).nbytes + TENSOR_BYTES)
         self._ends = list(accumulate(costs, initial=0))
 
-    def watched(self, staged: Staged, objects: Iterable[FlatObject]) -> Watched:
-        """Return a share that is looked at while it is written.
+    def finite_check(self, plan: FilePlan, objects: Iterable[FlatObject]) -> FiniteCheck:
+        """Return a check of a share that is to be written, for NaN and infinities.
 
         Ranks: any.
         """
-        if staged.plan is not self._plan:
+        if plan is not self._plan:
             names = {
                 name
                 for flat in objects
@@ -181,8 +179,8 @@ class Inspection:
                 for name, owner in zip(flat.structure.names, flat.structure.owners, strict=True)
                 if owner is None or flat.per_rank  # buffers may hold infinities on purpose: masks do
             }
-            self._plan, self._runs = staged.plan, list(_runs(staged.plan, names))
-        return Watched(staged, self._runs)
+            self._plan, self._runs = plan, list(_runs(plan, names))
+        return FiniteCheck(plan, self._runs)
 
     def judge_finite(self, step: int, by_rank: Sequence[Sequence[str]]) -> None:
         """Say which tensors hold a NaN or an infinity, if any do; the same ones are told once.
@@ -226,57 +224,55 @@ class Inspection:
             logger.warning("%s", error)
 
 
-class Watched:
-    """A share that is looked at, on a thread of its own, while it is written.
+class FiniteCheck:
+    """Looks for NaN and infinities in a share's file while it is written.
 
-    Attributes:
-        plan: The plan of its file.
+    Args:
+        plan: The plan of the file.
+        runs: What is to be looked at.
     """
 
-    def __init__(self, staged: Staged, runs: Sequence[_Run]) -> None:
-        self.plan = staged.plan
-        self._staged = staged
+    def __init__(self, plan: FilePlan, runs: Sequence[_Run]) -> None:
+        self._plan = plan
         self._runs = runs
-        self._looks: list[Future[list[str]]] = []
+        self._next_run = 0
+        self._found: dict[str, None] = {}
 
-    def parts(self) -> Iterator[memoryview]:
-        """Yield what the share itself does.
+    def look(self, begin: int, piece: memoryview) -> None:
+        """Take in the next piece of the file.
 
-        Ranks: any; blocks on the copy.
+        Args:
+            begin: Where it begins in the file.
+            piece: Its bytes.
+
+        Ranks: any, the pieces in the order of the file.
         """
-        begin = next_run = 0
-        with ThreadPoolExecutor(1, thread_name_prefix="distckpt-look") as looker:
-            for part in self._staged.parts():
-                end = begin + len(part)
-                while next_run < len(self._runs) and self._runs[next_run].end <= begin:
-                    next_run += 1
-                for run in self._runs[next_run:]:
-                    if run.begin >= end:
-                        break
-                    self._looks.append(looker.submit(self._look, run, begin, part))
-                yield part
-                begin = end
+        end = begin + len(piece)
+        while self._next_run < len(self._runs) and self._runs[self._next_run].end <= begin:
+            self._next_run += 1
+        for number in range(self._next_run, len(self._runs)):
+            run = self._runs[number]
+            if run.begin >= end:
+                break
+            first, last = max(run.begin, begin), min(run.end, end)
+            if not _is_finite(piece[first - begin : last - begin], run.dtype):
+                self._name(run, begin, piece)
 
     def found(self) -> list[str]:
-        """Return the names of the tensors that hold a NaN or an infinity, so far `MOST_NAMES` of them.
+        """Return the names of the tensors that hold a NaN or an infinity, at most `MOST_NAMES` of them.
 
-        Ranks: any; blocks until all has been looked at.
+        Ranks: any, when the file is written.
         """
-        return list(dict.fromkeys(name for look in self._looks for name in look.result()))[:MOST_NAMES]
+        return list(self._found)[:MOST_NAMES]
 
-    def _look(self, run: _Run, begin: int, part: memoryview) -> list[str]:
-        """Return which blocks of a run hold a bad number in this part of the file."""
-        first, last = max(run.begin, begin), min(run.end, begin + len(part))
-        if _is_finite(part[first - begin : last - begin], run.dtype):
-            return []
-        found = []
-        for block, offset in zip(
-            self.plan.blocks[run.first : run.last], self.plan.offsets[run.first : run.last], strict=True
-        ):
+    def _name(self, run: _Run, begin: int, piece: memoryview) -> None:
+        """Find which blocks of a run hold a bad number in this piece of the file."""
+        first, last = max(run.begin, begin), min(run.end, begin + len(piece))
+        blocks, offsets = self._plan.blocks[run.first : run.last], self._plan.offsets[run.first : run.last]
+        for block, offset in zip(blocks, offsets, strict=True):
             low, high = max(offset, first), min(offset + block.num_bytes, last)
-            if low < high and not _is_finite(part[low - begin : high - begin], run.dtype):
-                found.append(block.name)
-        return found
+            if low < high and not _is_finite(piece[low - begin : high - begin], run.dtype):
+                self._found[block.name] = None
 
 
 def _runs(plan: FilePlan, names: set[str]) -> Iterator[_Run]:
@@ -306,9 +302,7 @@ def _copied(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def _is_finite(data: memoryview, dtype: str) -> bool:
     if not data:
         return True
-    unsigned, mask = _BITS[dtype]
-    bits, wanted = np.frombuffer(data, dtype=unsigned), unsigned(mask)
-    for begin in range(0, len(bits), _LOOK_ITEMS):
-        if np.bitwise_and(bits[begin : begin + _LOOK_ITEMS], wanted).max() == wanted:
-            return False
-    return True
+    signed, unsigned, mask = _BITS[dtype]
+    sign = 1 << (8 * np.dtype(unsigned).itemsize - 1)
+    bits = np.frombuffer(data, dtype=unsigned)
+    return int(bits.view(signed).max()) < mask and int(bits.max()) < mask | sign

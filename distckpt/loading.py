@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -197,21 +196,15 @@ class Loading:
             everywhere = [each for each in wanted if self._is_whole or not names.is_of_rank(each[0])]
             read_into(self._reader_of(self._copy), self.manifest, everywhere)
             wanted = [each for each in wanted if not self._is_whole and names.is_of_rank(each[0])]
-        if self._request.fresh:
-            self._read_beside(wanted)
-        else:
-            read_into(self._reader, self.manifest, wanted)
+        meanwhile = self._apply_settled if self._request.fresh else None
+        read_into(self._reader, self.manifest, wanted, meanwhile=meanwhile)
         if not fetched and (self._request.fresh or apart):
             self._check_rest()
 
-    def _read_beside(self, wanted: Sequence[Wanted]) -> None:
-        """Read on a thread, and meanwhile apply what does not depend on the bytes."""
-        assert self.manifest is not None
-        with ThreadPoolExecutor(1, thread_name_prefix="distckpt-restore") as other:
-            reading = other.submit(read_into, self._reader, self.manifest, wanted)
-            self._settled = settled(self._matched, self._filled)
-            apply(self._matched, self._filled, only=self._settled)
-            reading.result()
+    def _apply_settled(self) -> None:
+        """Apply what does not depend on the bytes."""
+        self._settled = settled(self._matched, self._filled)
+        apply(self._matched, self._filled, only=self._settled)
 
     def apply(self) -> None:
         """Give the objects of the state what was read.

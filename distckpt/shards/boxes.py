@@ -6,7 +6,7 @@ Invariant: what a tensor is filled with was checked against the digests; on the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import add, itemgetter, sub
@@ -59,13 +59,16 @@ def spans(manifest: Manifest, boxes: Iterable[tuple[str, Box | None]]) -> dict[i
     return found
 
 
-def read_into(reader: Reader, manifest: Manifest, wanted: Iterable[Wanted]) -> None:
+def read_into(
+    reader: Reader, manifest: Manifest, wanted: Iterable[Wanted], *, meanwhile: Callable[[], None] | None = None
+) -> None:
     """Fill tensors with boxes of a checkpoint's.
 
     Args:
         reader: The reader of the checkpoint's data files.
         manifest: The checkpoint's manifest.
         wanted: What to read, and where to; of the entry's dtype.
+        meanwhile: Is called once the last of it is being read.
 
     Raises:
         CheckpointDamagedError: Bytes are missing or wrong; the tensors then hold anything.
@@ -92,7 +95,7 @@ def read_into(reader: Reader, manifest: Manifest, wanted: Iterable[Wanted]) -> N
                     batch.add(part.chunk.file, begin, target, target.nbytes)
                 else:
                     batch.add_part(part, begin, target, rows)
-        batch.finish()
+        batch.finish(meanwhile)
 
 
 def read_boxes(reader: Reader, manifest: Manifest, boxes: Sequence[tuple[str, Box]]) -> list[torch.Tensor]:
@@ -140,9 +143,9 @@ class _Batch:
         whole_rows = self._room(part.chunk.file, offset, rows, target)
         self._copies.append((target, _narrowed(whole_rows, part.in_chunk, part.shape)))
 
-    def finish(self) -> None:
-        """Read and copy all that is still due."""
-        self._read()
+    def finish(self, meanwhile: Callable[[], None] | None) -> None:
+        """Read and copy all that is still due, and meanwhile do something else."""
+        self._read(meanwhile)
         if self._on_gpu:
             torch.cuda.synchronize()
 
@@ -157,9 +160,9 @@ class _Batch:
         self._ranges.setdefault(file, []).append(Range(begin=offset, into=memory(room)))
         return room
 
-    def _read(self) -> None:
+    def _read(self, meanwhile: Callable[[], None] | None = None) -> None:
         runs = [(self._run_room(file, run), run) for (file, _), small in self._small.items() for run in _runs(small)]
-        self._reader.fill(self._ranges)
+        self._reader.fill(self._ranges, meanwhile=meanwhile)
         for target, source in self._copies:
             target.copy_(source, non_blocking=True)
         for room, run in runs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,7 +25,15 @@ from distckpt.tensors import DTYPE_NAMES
 from distckpt.values import Json, encode
 
 
-def write_share(storage: Storage, folder: str, attempt: str, *, rank: int, staged: Staged | None) -> RankShare:
+def write_share(
+    storage: Storage,
+    folder: str,
+    attempt: str,
+    *,
+    rank: int,
+    staged: Staged | None,
+    look: Callable[[int, memoryview], None] | None = None,
+) -> RankShare:
     """Write a rank's share to its data file, and return what was written; durable when this returns.
 
     Args:
@@ -34,6 +42,7 @@ def write_share(storage: Storage, folder: str, attempt: str, *, rank: int, stage
         attempt: The save's name.
         rank: This rank.
         staged: What to write; None if this rank writes nothing.
+        look: Is called with each piece of the file and where it begins, in order.
 
     Raises:
         StorageError: It could not be written; the file is not there.
@@ -44,7 +53,7 @@ def write_share(storage: Storage, folder: str, attempt: str, *, rank: int, stage
         return RankShare(file=None, blocks=(), offsets=())
     plan = staged.plan
     name = names.rank_file(attempt, rank)
-    file = datafiles.write(storage, folder, name, rank=rank, parts=staged.parts(), num_bytes=plan.num_bytes)
+    file = datafiles.write(storage, folder, name, rank=rank, parts=staged.parts(), num_bytes=plan.num_bytes, look=look)
     storage.sync([names.join(folder, name)])
     return RankShare(file=file, blocks=plan.blocks, offsets=plan.offsets)
 
