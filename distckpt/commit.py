@@ -169,15 +169,24 @@ def _agree(
 ) -> tuple[tuple[FlatObject, ...], Json]:
     """Return the state flattened, and what rank 0 makes of it: the save's name, and the keys that differ by rank."""
     flat: list[FlatObject] = []
+    told = workspace.told
 
     def describe() -> Json:
         flat.extend(flatten(state, rng=request.rng, blueprints=workspace.blueprints))
-        compared = ranks.world_size > 1
-        objects = {o.key: [o.kind, o.per_rank, o.fingerprint() if compared and not o.per_rank else ""] for o in flat}
-        return {"layout": request.layout, "objects": objects}
+        fact = _described(flat, request, compared=ranks.world_size > 1)
+        return fact if ranks.rank == 0 else told.packed("state", digest(to_text(fact).encode()), lambda: fact)
 
-    verdict = ranks.agree(request.action, describe, _compare)
+    def compare(facts: list[Json]) -> Json:
+        return _compare([facts[0], *(told.unpacked(rank, "state", fact) for rank, fact in enumerate(facts) if rank)])
+
+    verdict = ranks.agree(request.action, describe, compare)
     return tuple(flat), verdict
+
+
+def _described(flat: Sequence[FlatObject], request: SaveRequest, *, compared: bool) -> Json:
+    """Return what rank 0 has to know of this rank's state to compare it with its own."""
+    objects = {o.key: [o.kind, o.per_rank, o.fingerprint() if compared and not o.per_rank else ""] for o in flat}
+    return {"layout": request.layout, "objects": objects}
 
 
 def _share(
@@ -305,18 +314,17 @@ def commit(
         share = write_share(storage, request.folder, save.attempt, rank=ranks.rank, staged=save.staged, look=look)
         timings = [round(save.stage_s, 4), round(time.monotonic() - begun, 4)]
         own.append(share)  # rank 0 has no need to send its own to itself
-        seen = {
-            "bad": [] if check is None else check.found(),
-            "sample": None if save.sampled is None else save.sampled.digest(),
-        }
+        seen: dict[str, Json] = {"bad": bad} if check is not None and (bad := check.found()) else {}
+        if save.sampled is not None:
+            seen["sample"] = save.sampled.digest()[:16]
         return {**(_report(save, share, told) if ranks.rank else {}), **seen, "timings": timings}
 
     @kept_off()
     def finish(facts: list[Json]) -> Json:
         nonlocal tried
-        has_parted = len({fact["sample"] for fact in facts}) > 1
+        has_parted = len({fact.get("sample") for fact in facts}) > 1
         if request.inspection is not None:
-            request.inspection.judge_finite(request.step, [fact["bad"] for fact in facts])
+            request.inspection.judge_finite(request.step, [fact.get("bad", []) for fact in facts])
             if has_parted and request.inspection.replicas == "error":
                 return {"has_parted": True}
         manifest = _assembled(save, own, facts)

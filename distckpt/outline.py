@@ -90,7 +90,10 @@ def _skim(data: bytes) -> Outline | None:
     facts |= more
     middles = list(_MIDDLE.finditer(text, objects_begin))
     world_size = _WORLD_SIZE.search(text, max(0, len(text) - _TAIL_CHARS))
-    if facts["format"] != FORMAT or facts["layout"] not in ("full", "sharded") or len(middles) != 1 or not world_size:
+    # What was found may stand inside another object, if that has the key, too, or the true one is escaped.
+    if len(middles) != 1 or text.count('"parent":', objects_begin) != 1 or r"\u00" in text:
+        return None
+    if facts["format"] != FORMAT or facts["layout"] not in ("full", "sharded") or not world_size:
         return None
     if not math.isfinite(float(facts["created"])):
         return None

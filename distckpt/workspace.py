@@ -75,7 +75,10 @@ class Told:
         """
         fingerprint = fingerprint[:16]
         self._sent[name] = fingerprint
-        return [fingerprint] if self._settled.get(name) == fingerprint else [fingerprint, value()]
+        if self._settled.get(name) == fingerprint:
+            return [fingerprint]
+        self._settled.pop(name, None)  # until all has gone well, nobody knows which of the two rank 0 has
+        return [fingerprint, value()]
 
     def unpacked(self, rank: int, name: str, body: Json, read: Callable[[Json], Any] | None = None) -> Any:
         """Return the value that a rank packed; the same object as long as the fingerprint is the same.

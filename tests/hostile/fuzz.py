@@ -78,6 +78,29 @@ def mutated_json(data: bytes, most_bytes: int, seed: int) -> bytes:
     return text if len(text) <= most_bytes else data
 
 
+def mutated_safetensors(data: bytes, most_bytes: int, seed: int) -> bytes:
+    """Return a safetensors file whose header says something else; its reader is native code, and guides nobody."""
+    import fuzz_targets
+
+    rng = random.Random(seed)
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= len(data) - 8 or data[8:9] != b"{":
+        data = rng.choice(fuzz_targets.seeds("safetensors"))
+        length = int.from_bytes(data[:8], "little")
+    header = mutated_json(data[8 : 8 + length], most_bytes, seed)
+    payload = data[8 + length :]
+    match rng.randrange(4):
+        case 0:
+            payload = payload[: rng.randint(0, len(payload))]
+        case 1:
+            payload += bytes(rng.randint(1, 64))
+    length = (
+        len(header) if rng.random() < 0.8 else rng.choice([0, 1, len(header) - 1, len(header) + 1, 2**31, 2**64 - 1])
+    )
+    text = length.to_bytes(8, "little") + header + payload
+    return text if len(text) <= most_bytes else data
+
+
 def nodes(node: Any) -> Iterator[Any]:
     """Yield every list and dict in JSON."""
     if isinstance(node, (dict, list)):
@@ -120,7 +143,8 @@ def main() -> None:
         arguments = ["-merge=1", str(smaller), str(corpus)]
     else:
         arguments = [f"-max_total_time={int(options.minutes * 60)}", str(corpus)]
-    mutators = {"custom_mutator": mutated_json} if options.target in ("manifest", "values") else {}
+    mutator = {"manifest": mutated_json, "values": mutated_json, "safetensors": mutated_safetensors}.get(options.target)
+    mutators = {} if mutator is None else {"custom_mutator": mutator}
     atheris.Setup([sys.argv[0], *limits, *arguments], fuzz_targets.TARGETS[options.target], **mutators)
     atheris.Fuzz()
 
