@@ -15,13 +15,22 @@ import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from distckpt.errors import DistckptError, RankFailedError, RankTimeoutError, UsageError, from_wire, to_wire
+from distckpt.errors import (
+    DistckptError,
+    RankFailedError,
+    RankTimeoutError,
+    StorageError,
+    UsageError,
+    from_wire,
+    to_wire,
+)
 
 Fact = TypeVar("Fact")
 Verdict = TypeVar("Verdict")
@@ -91,7 +100,7 @@ class Ranks:
                 raised one kind of DistckptError, each rank raises its own. Without other ranks, the error itself.
             RankTimeoutError: Ranks did not arrive within `timeout_s`; names them.
             UsageError: Ranks are at different actions.
-            DistckptError: What `decide` raised, on all ranks.
+            DistckptError: What `decide` raised, on all ranks. A StorageError, whoever met it, names its rank and host.
 
         Ranks: all (collective); blocks until every rank's work is done.
         """
@@ -109,6 +118,8 @@ class Ranks:
             verdict = self._exchange(self._store, action, post, decide)
         except DistckptError as shared:
             raise shared from error
+        if isinstance(error, StorageError) and verdict.get("own"):
+            raise error.of_rank(self.rank, self.host) from error
         if error is not None and (verdict.get("own") or not isinstance(error, Exception)):
             raise error
         if "error" in verdict:
@@ -203,6 +214,8 @@ class Ranks:
             return {"error": to_wire(failure)}
         try:
             return {"verdict": decide([post["fact"] for post in posts])}
+        except StorageError as error:
+            return {"error": to_wire(error.of_rank(self.rank, self.host))}
         except DistckptError as error:
             return {"error": to_wire(error)}
         except Exception as error:  # noqa: BLE001  whatever it is, the others must not wait for it
@@ -246,7 +259,7 @@ class _Patience:
     """Waits in the store; instead of the main thread another one does, for in there no signal would be heard."""
 
     def __init__(self) -> None:
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._is_left = False
@@ -256,13 +269,16 @@ class _Patience:
 
         A signal's handler may raise in between; `work` then goes on, and no other can be done.
         """
-        if self._thread is None:
-            # A daemon: a job that ends while it waits is not held up by it.
-            self._thread = threading.Thread(target=self._live, name="distckpt-wait", daemon=True)
-            self._thread.start()
         if threading.current_thread() is not threading.main_thread():
             work()
             return
+        if self._thread is None:
+            # A daemon: a job that ends while it waits is not held up by it.
+            self._thread = threading.Thread(
+                target=_do_all, args=(self._work, self._done), name="distckpt-wait", daemon=True
+            )
+            self._thread.start()
+            weakref.finalize(self, self._work.put, None).atexit = False
         if self._is_left:
             raise InterruptedError("it was interrupted while it waited for the other ranks")
         self._is_left = True
@@ -272,15 +288,17 @@ class _Patience:
         if error is not None:
             raise error
 
-    def _live(self) -> None:
-        while True:
-            work = self._work.get()
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001  raised by `do`
-                self._done.put(error)
-            else:
-                self._done.put(None)
+
+def _do_all(tasks: queue.SimpleQueue[Callable[[], None] | None], done: queue.SimpleQueue[BaseException | None]) -> None:
+    """Do one thing after another, until there is a None."""
+    while (work := tasks.get()) is not None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  raised by `do`
+            done.put(error)
+        else:
+            done.put(None)
+        del work
 
 
 def _describe(error: BaseException) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import jobs
 import pytest
 from rank_pool import RankPools
 
+from distckpt.ranks import _Patience
+
 LAYOUTS = ["sharded", "full"]
 
 
@@ -117,3 +119,13 @@ def test_ranks_that_call_different_verbs_are_told_so(ranks: RankPools, tmp_path:
     for error in ranks(2).run(jobs.do_different_things, str(tmp_path / "run")):
         assert error.startswith("UsageError: the ranks have parted: rank 0 is at 'restore: choosing a checkpoint'")
         assert "rank 1 at 'taking the directory'" in error
+
+
+def test_the_thread_that_waits_for_others_ends_with_its_channel():
+    patience = _Patience()
+    patience.do(lambda: None)
+    thread = patience._thread
+    assert thread is not None
+    del patience
+    thread.join(60)
+    assert not thread.is_alive()
