@@ -17,7 +17,7 @@ from distckpt.checksum import digest
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError, FormatVersionError
 from distckpt.manifest import MAX_BYTES, DataFile, Layout, Manifest, parse
 from distckpt.outline import Outline, outline
-from distckpt.storage import FileInfo, Storage
+from distckpt.storage import FileInfo, Storage, withdraw
 from distckpt.values import Json
 
 READ_BYTES = 8 << 20
@@ -312,7 +312,7 @@ def quarantine(storage: Storage, folder: str, *, reason: str) -> None:
     record = {"manifest": data.decode(errors="replace"), "reason": reason}
     with contextlib.suppress(FileExistsError):  # put aside before, for another reason
         storage.publish(names.join(folder, names.quarantine_name(digest(data)[:16])), json.dumps(record).encode())
-    storage.delete([name])
+    withdraw(storage, name)
 
 
 def remove(storage: Storage, folder: Folder) -> None:

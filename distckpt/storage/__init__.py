@@ -10,6 +10,7 @@ from distckpt.storage.contract import (
     StepwiseStorage,
     Storage,
     read_scattered,
+    withdraw,
 )
 from distckpt.storage.local import LocalStorage
 from distckpt.storage.objects import KeepsUploads, ObjectStorage
@@ -32,4 +33,5 @@ __all__ = [
     "VerbCount",
     "open_storage",
     "read_scattered",
+    "withdraw",
 ]

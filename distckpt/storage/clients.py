@@ -27,6 +27,7 @@ NUM_DELETERS = 8
 
 S3_SCHEMES = {"s3", "s3a"}
 RANGE_CODES = {"InvalidRange", "416"}
+RACE_CODES = {"ConditionalRequestConflict", "OperationAborted", "409"}
 _CHANGED = ("LastModified", "mtime", "modified", "updated", "last_modified", "created")
 
 logger = logging.getLogger("distckpt")
@@ -92,6 +93,10 @@ class Client(Protocol):
 
     def remove(self, paths: Sequence[str]) -> None:
         """Delete objects, in any order; missing ones are no error."""
+        ...
+
+    def withdraw(self, path: str) -> None:
+        """Delete the object that is there now, and if the server can be told so, no later one."""
         ...
 
     def uploads(self, prefix: str) -> list[Upload]:
@@ -219,6 +224,10 @@ class FilesystemClient:
     def _remove(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._filesystem().rm_file(path)
+
+    def withdraw(self, path: str) -> None:
+        """Delete an object: fsspec's verb knows no condition."""
+        self._remove(path)
 
     def uploads(self, prefix: str) -> list[Upload]:
         """Return nothing: fsspec does not show unfinished uploads."""

@@ -190,6 +190,30 @@ def read_scattered(storage: Readable, name: str, offset: int, into: Sequence[mem
             begin += view.nbytes
 
 
+@runtime_checkable
+class WithdrawingStorage(Protocol):
+    """A storage whose deletions may come late, and can be kept from taking what has come since."""
+
+    def withdraw(self, name: str) -> None:
+        """Delete the file that has this name now, and no later one of the same name; raises as `delete` does."""
+        ...
+
+
+def withdraw(storage: Storage, name: str) -> None:
+    """Delete a published file whose name may be published again; a missing one is no error.
+
+    A request that is late, because who made it died, takes nothing that was published under the name since: file
+    systems have no late requests, S3 is told which object is meant. Other object stores know no such condition.
+
+    Raises:
+        StorageError: The file could not be deleted.
+    """
+    if isinstance(storage, WithdrawingStorage):
+        storage.withdraw(name)
+    else:
+        storage.delete([name])
+
+
 class OpenFile(Protocol):
     """A file that is open for reading; any thread may use it."""
 

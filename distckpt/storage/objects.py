@@ -17,7 +17,7 @@ from fsspec import AbstractFileSystem
 
 from distckpt.errors import DistckptError, StorageError
 from distckpt.names import checked, join
-from distckpt.storage.clients import S3_SCHEMES, Client, FilesystemClient, Upload
+from distckpt.storage.clients import RACE_CODES, S3_SCHEMES, Client, FilesystemClient, Upload
 from distckpt.storage.connection import Connection
 from distckpt.storage.contract import Buffer, Capabilities, FileInfo, is_plain
 from distckpt.storage.failures import STALE_CREDENTIALS, redacted, remote_error, server_code
@@ -26,8 +26,6 @@ from distckpt.storage.s3 import S3Client
 
 CREATE_TRIES = 3
 DAY_S = 86_400.0
-
-_RACE_CODES = {"ConditionalRequestConflict", "OperationAborted", "409"}
 
 
 @runtime_checkable
@@ -139,7 +137,7 @@ class ObjectStorage:
                 found = self._client.peek(path, len(data) + 1)
             except Exception as error:
                 found = self._found_after(error, name, len(data) + 1)
-                if found is None and (tries_left == 0 or server_code(error) not in _RACE_CODES):
+                if found is None and (tries_left == 0 or server_code(error) not in RACE_CODES):
                     raise self._error(error, "publish", name) from error
         if found != data:
             raise FileExistsError(errno.EEXIST, "exists with other content", self._shown(name))
@@ -195,6 +193,11 @@ class ObjectStorage:
             self._remove([first])
             if others:
                 self._remove(others)
+
+    def withdraw(self, name: str) -> None:
+        """Delete a published file, as `contract.withdraw` says, on S3 by a DELETE that names its ETag."""
+        with self._telling("delete", name):
+            self._client.withdraw(self._path(name))
 
     def uploads(self, *, older_than_s: float = DAY_S) -> Sequence[Upload]:
         """Return unfinished uploads, as `KeepsUploads.uploads` says; none where only fsspec knows the server."""

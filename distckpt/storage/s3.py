@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from distckpt.storage import downloads, uploads
-from distckpt.storage.clients import RANGE_CODES, Upload
+from distckpt.storage.clients import RACE_CODES, RANGE_CODES, Upload
 from distckpt.storage.connection import Connection
 from distckpt.storage.contract import Buffer
 from distckpt.storage.failures import server_code
@@ -22,6 +22,8 @@ from distckpt.storage.retries import BrokenAnswerError
 
 _ERROR = re.compile(rb"\s*(<\?xml[^>]*\?>)?\s*<Error>")
 _NO_CONDITIONS = {"NotImplemented", "501"}
+_NOT_THERE = {"404", "412", "NoSuchKey", "PreconditionFailed"}  # none, or another one than the one that was meant
+WITHDRAW_TRIES = 3
 
 logger = logging.getLogger("distckpt")
 
@@ -149,6 +151,26 @@ class S3Client:
                     raise answer
 
         self._requests.run(all_of_them())
+
+    def withdraw(self, path: str) -> None:
+        """Delete the object that is there now, by its ETag: should the request come late, it takes no later one.
+
+        Servers that do not know the condition delete what is there.
+        """
+        bucket, key = uploads.place(self._requests, path)
+        for tries_left in reversed(range(WITHDRAW_TRIES)):
+            try:
+                tag = self._requests.call("head_object", Bucket=bucket, Key=key)["ETag"]
+                self._requests.call("delete_object", Bucket=bucket, Key=key, IfMatch=tag)
+            except Exception as error:
+                code = server_code(error)
+                if code in _NO_CONDITIONS:
+                    self.remove([path])
+                elif code in RACE_CODES and tries_left:
+                    continue
+                elif code not in _NOT_THERE:
+                    raise
+            return
 
     def uploads(self, prefix: str) -> list[Upload]:
         """Return the unfinished uploads below the folder `prefix`."""

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from distckpt.storage.contract import Buffer, Capabilities, FileInfo, Storage, read_scattered
+from distckpt.storage.contract import Buffer, Capabilities, FileInfo, Storage, read_scattered, withdraw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +86,11 @@ class CountingStorage:
         """Delete from the inner storage."""
         self._count("delete", num_calls=1)
         self.inner.delete(names)
+
+    def withdraw(self, name: str) -> None:
+        """Withdraw a file from the inner storage; counted as a "delete"."""
+        self._count("delete", num_calls=1)
+        withdraw(self.inner, name)
 
     def _counted_chunks(self, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
         for chunk in chunks:

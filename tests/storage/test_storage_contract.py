@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from places import Place
 
 from distckpt.errors import StorageError
-from distckpt.storage import Buffer, Storage, read_scattered
+from distckpt.storage import Buffer, Storage, read_scattered, withdraw
 from distckpt.storage.parts import USUAL_PART
 
 LIMIT = 1 << 20
@@ -320,6 +320,16 @@ def test_a_folder_can_be_used_again_after_its_files_were_deleted(storage: Storag
         storage.publish("step-1/m.json", b"1")
         storage.delete(["step-1/m.json", "step-1/a/f"])
         assert storage.list() == []
+
+
+def test_a_withdrawn_file_is_gone_and_its_name_can_be_published_again(storage: Storage) -> None:
+    withdraw(storage, "step-1/m.json")
+    storage.put("step-1/a/f", [b"1"])
+    for data in (b"1", b"2"):
+        storage.publish("step-1/m.json", data)
+        assert storage.read_all("step-1/m.json", limit_bytes=1) == data
+        withdraw(storage, "step-1/m.json")
+        assert names_in(storage) == ["step-1/a/f"]
 
 
 # --- names, facts, processes ---

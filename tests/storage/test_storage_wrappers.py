@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from failing_storage import FailingStorage
 
-from distckpt.storage import CountingStorage, LocalStorage, Storage, VerbCount
+from distckpt.storage import CountingStorage, LocalStorage, Storage, VerbCount, withdraw
 
 
 def test_counting_storage_counts_calls_and_bytes(tmp_path: Path) -> None:
@@ -22,13 +22,15 @@ def test_counting_storage_counts_calls_and_bytes(tmp_path: Path) -> None:
     assert storage.read_all("m.json", limit_bytes=10) == b"{}"
     assert len(storage.list()) == 2
     storage.delete(["a/f"])
+    withdraw(storage, "m.json")
+    assert storage.list() == []
     with pytest.raises(FileNotFoundError):
         storage.read("a/f", 0, memoryview(bytearray(7)))
     assert storage.counted("put") == VerbCount(num_calls=1, num_bytes=26)
     assert storage.counted("publish") == VerbCount(num_calls=1, num_bytes=2)
     assert storage.counted("read") == VerbCount(num_calls=2, num_bytes=12)
     assert storage.counted("read_all") == VerbCount(num_calls=1, num_bytes=2)
-    assert [storage.counted(verb).num_calls for verb in ("sync", "list", "delete", "never")] == [1, 1, 1, 0]
+    assert [storage.counted(verb).num_calls for verb in ("sync", "list", "delete", "never")] == [1, 2, 2, 0]
     assert (storage.url, storage.capabilities) == (storage.inner.url, storage.inner.capabilities)
 
 
