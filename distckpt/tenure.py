@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from distckpt.errors import DistckptError, StorageError
 from distckpt.lease import DURATION_S, Lease
@@ -27,6 +28,7 @@ class Tenure:
     """
 
     def __init__(self, *, timeout_s: float) -> None:
+        self._new_lease: Callable[..., Lease] = Lease
         self._duration_s = min(DURATION_S, timeout_s / 3)
         self._lease: Lease | None = None
         self._is_exclusive = False
@@ -56,7 +58,7 @@ class Tenure:
             return
 
         def take(_: list[None]) -> None:
-            lease = Lease(storage, duration_s=self._duration_s)
+            lease = self._new_lease(storage, duration_s=self._duration_s)
             lease.run = self._run
             try:
                 lease.acquire()

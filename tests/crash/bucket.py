@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,8 +55,13 @@ class Objects:
             self.objects[op.name] = op.data
         elif op.kind == "create":
             self.objects.setdefault(op.name, op.data)
-        elif op.kind == "delete":
+        elif op.kind == "delete" and op.data in (b"", tag_of(self.objects.get(op.name, b"")).encode()):
             self.objects.pop(op.name, None)
+
+
+def tag_of(data: bytes) -> str:
+    """Return the tag by which S3 knows an object's content."""
+    return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
 
 
 class RefusedError(Exception):

@@ -17,6 +17,7 @@ from distckpt.shards import RankShare, write_share
 from distckpt.storage import Storage, local
 from distckpt.storage.local import LocalStorage
 from distckpt.storage.objects import ObjectStorage
+from distckpt.storage.s3 import S3Client
 
 Patch = pytest.MonkeyPatch
 PLANTED: dict[str, tuple[Callable[[Patch], None], Collection[tuple[str, str]]]] = {}
@@ -181,6 +182,16 @@ def publish_replaces(patch: Patch) -> None:
         self._client._filesystem().pipe_file(self._path(name), data, chunksize=len(data) + 1)
 
     patch.setattr(ObjectStorage, "publish", publish)
+
+
+@planted(("first-save", "s3-late"), ("later-save", "s3-late"))
+def publish_replaces_on_s3(patch: Patch) -> None:
+    patch.setattr(S3Client, "create", S3Client._put)
+
+
+@planted(("clean-up", "s3-late"))
+def put_aside_by_a_deletion_of_whatever_is_there(patch: Patch) -> None:
+    patch.setattr(S3Client, "withdraw", lambda self, path: self.remove([path]))
 
 
 @planted(("first-save", "disk-kill"), ("later-save", "disk-power"))

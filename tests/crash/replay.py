@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--layout", choices=["sharded", "full"], default="sharded")
     parser.add_argument("--first", type=int, default=0, help="the rank that is ahead")
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--limit", type=int, default=SAMPLE_LIMIT, help="states of a power loss for each cut")
+    parser.add_argument("--limit", type=int, default=SAMPLE_LIMIT, help="states of a power loss, about")
     parser.add_argument("--state", type=int, required=True)
     told = parser.parse_args()
     [scenario] = [s for s in scenarios(told.layout, first=told.first) if s.name == told.scenario]

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,10 @@ from disk import Tree
 from recording import Ack, Log
 
 from distckpt import CheckpointManager, catalog, names
-from distckpt.background import Pruner
+from distckpt.background import Pruner, Writing
+from distckpt.lease import Lease
 from distckpt.manifest import Layout
+from distckpt.owner import Fate, Machine, Owner
 from distckpt.retention import Retention
 from distckpt.storage import Storage, local
 
@@ -46,19 +49,65 @@ def told(state: State) -> Ack:
 
 
 class PromptPruner(Pruner):
-    """Prunes before it returns: only one rank runs at a time."""
+    """Prunes before it returns, for only one rank runs at a time; the log takes it for work on a thread of its own."""
+
+    def __init__(self, log: Log, retention: Retention, *, insist: Callable[[], None]) -> None:
+        super().__init__(retention, insist=insist)
+        self._log = log
 
     def _launch(self, thread: threading.Thread) -> None:
-        self._work()
+        with self._log.beside("pruning"):
+            self._work()
+
+    def wait(self) -> None:
+        super().wait()
+        self._log.join("pruning")
+
+
+class PromptWriting(Writing):
+    """Writes before it returns, as `PromptPruner` prunes."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def start(self, work: Callable[[], None], *, tell: bool) -> None:
+        with self._log.beside("writing"):
+            self._work_quietly(work, tell)
+
+    def join(self) -> None:
+        super().join()
+        self._log.join("writing")
+
+
+class Clock:
+    """Time, which goes by only for who waits."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def now(self) -> float:
+        return self.now_s
+
+    def pause(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def own_machine(clock: Clock, fate: Fate) -> Machine:
+    """Return a machine on which a job is a process that no other one is; of all others it says the same."""
+    pid = 1 + int(names.secrets.token_hex(2), 16)  # type: ignore[attr-defined]  # counted, where runs are repeatable
+    return Machine(me=Owner(host="host", pid=pid), now=clock.now, pause=clock.pause, fate=lambda _owner: fate)
 
 
 class StoredManager(CheckpointManager):
-    """The real manager, but for where it stores and where its ranks meet."""
+    """The real manager, but for where it stores, where its ranks meet, and what it sees of other jobs."""
 
-    def __init__(self, storage: Storage, crew: Crew, rank: int, *, layout: Layout, keep: int = KEEP) -> None:
-        super().__init__("unused", keep=keep, layout=layout, background=False, rng=False, signals=())
+    def __init__(self, storage: Storage, crew: Crew, rank: int, job: Job, machine: Machine) -> None:
+        super().__init__("unused", keep=job.keep, layout=job.layout, background=job.background, rng=False, signals=())
         self._storage = self._saver.storage = storage
-        self._saver._pruner = PromptPruner(Retention.of(keep), insist=self._tenure.insist)
+        self._tenure._new_lease = partial(Lease, background=False, machine=machine)
+        self._saver._pruner = PromptPruner(crew.log, Retention.of(job.keep), insist=self._tenure.insist)
+        self._saver._writing = PromptWriting(crew.log)
         self._channels = CrewRanks(crew, rank, "training"), CrewRanks(crew, rank, "writing")
 
 
@@ -74,6 +123,7 @@ class Job:
         restores: Whether to restore first, as every run does.
         keep: How many checkpoints retention keeps.
         first: The rank that is ahead of the others.
+        background: Whether to write in the background.
     """
 
     world_size: int = 2
@@ -83,26 +133,41 @@ class Job:
     restores: bool = True
     keep: int = KEEP
     first: int = 0
+    background: bool = False
 
-    def run(self, opener: Callable[[], Storage], log: Log) -> list[Ack | BaseException]:
-        """Run, each rank with a storage of its own; return what each restored, or the error that ended it."""
+    def run(self, opener: Callable[[], Storage], log: Log, machine: Machine | None = None) -> list[Ack | BaseException]:
+        """Run, each rank with a storage of its own; return what each restored, or the error that ended it.
+
+        A job on two ranks knows nothing of the one before, and waits until its lease is over; others know that it died.
+        """
         crew = Crew(self.world_size, log, first=self.first)
+        machine = machine or own_machine(Clock(), "unknown" if self.world_size == 2 else "gone")
 
         def work(rank: int) -> Ack:
             restored = Ack(0, 0)
-            with StoredManager(opener(), crew, rank, layout=self.layout, keep=self.keep) as manager:
+            with StoredManager(opener(), crew, rank, self, machine) as manager:
                 if self.restores:
                     state = content(restored)
                     step = manager.restore(state)
                     restored = told(state)
                     assert restored.step == step, f"restore says step {step}, the state is of {restored}"
-                for step in self.steps:
-                    if step > restored.step:
-                        manager.save(step, content(Ack(step, self.generation)))
-                        log.acknowledge(step, self.generation)
+                self._save(manager, restored, log)
             return restored
 
         return crew.run(work)
+
+    def _save(self, manager: CheckpointManager, restored: Ack, log: Log) -> None:
+        """Save the steps that are left; one that is written in the background is acknowledged by the next call."""
+        under_way: int | None = None
+        for step in self.steps:
+            if step > restored.step:
+                manager.save(step, content(Ack(step, self.generation)))
+                done, under_way = (under_way, step) if self.background else (step, None)
+                if done is not None:
+                    log.acknowledge(done, self.generation)
+        if under_way is not None:
+            manager.wait()
+            log.acknowledge(under_way, self.generation)
 
 
 def succeed(job: Job, contents: Contents, log: Log | None = None) -> Ack:

@@ -13,6 +13,7 @@ from crew import Crew, CrewRanks
 from disk import Disk, Tree, after_kill, after_power_loss
 from recording import Log, cuts
 from runs import Job
+from s3_model import Server
 
 from distckpt.errors import DistckptError, RankFailedError
 from distckpt.storage import LocalStorage, Storage, open_storage
@@ -65,8 +66,9 @@ def test_the_disk_answers_as_the_kernel_does(seed: int, tmp_path: Path) -> None:
     assert disk.num_open == 0
 
 
-def test_the_bucket_answers_as_a_server_does(s3_bucket: str) -> None:
-    real, bucket = open_storage(f"s3://{s3_bucket}/run"), Bucket()
+@pytest.mark.parametrize("model", [Bucket, Server])
+def test_the_bucket_answers_as_a_server_does(model: type[Bucket | Server], s3_bucket: str) -> None:
+    real, bucket = open_storage(f"s3://{s3_bucket}/run"), model()
     with bucket.opened() as opener:
         for call in calls(seed=5):
             expected = outcome(call, real)
