@@ -112,34 +112,19 @@ class StorageError(DistckptError, OSError):
         action: What was tried, as a verb: "write", "read", "list", ...
         cause: The system's or server's own words.
         errno: The system's error number, or None.
-        rank: The rank that met it, where there is more than one; or None.
-        host: The host that this rank runs on; None without a rank.
     """
 
     path: str
     action: str
     cause: str
-    rank: int | None
-    host: str | None
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        action: str,
-        cause: str,
-        errno: int | None = None,
-        rank: int | None = None,
-        host: str | None = None,
-        fix: str | None = None,
-    ) -> None:
-        who = "" if rank is None else f"rank {rank} (host {host}) "
-        message = f"{who}could not {action} {path!r}: {cause}"
-        self._tell(message, fix=fix, path=path, action=action, cause=cause, errno=errno, rank=rank, host=host)
+    def __init__(self, *, path: str, action: str, cause: str, errno: int | None = None, fix: str | None = None) -> None:
+        message = f"could not {action} {path!r}: {cause}"
+        self._tell(message, fix=fix, path=path, action=action, cause=cause, errno=errno)
 
     def of_rank(self, rank: int, host: str) -> StorageError:
         """Return this error as one that a rank has met."""
-        return StorageError(**{**self.facts, "rank": rank, "host": host})
+        return StorageError(**{**self.facts, "cause": f"{self.cause}; met by rank {rank} (host {host})"})
 
 
 class CheckpointExistsError(DistckptError, FileExistsError):
