@@ -2,7 +2,7 @@
 
 A sample of the states that crashes leave runs every time; all of them by
 
-    python -m pytest -m slow -s tests/crash
+    python -m pytest -m slow -s -o faulthandler_timeout=0 tests/crash
 
 What fails prints its seed, its operations, and the command that replays it alone.
 """
