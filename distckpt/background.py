@@ -99,7 +99,7 @@ class Pruner:
 
     Args:
         retention: What to keep.
-        insist: Called before each pruning; raises if nothing may be deleted any more.
+        insist: Called before each pruning and each deletion; raises if nothing may be deleted any more.
 
     Attributes:
         known: Facts of checkpoints whose manifests need not be read again; see `catalog.committed`.
@@ -232,6 +232,7 @@ class Pruner:
                 return
             self._deleting = folder.step
         try:
+            self._insist()  # since the last deletion the job may have stood still, and another taken its place
             delete()
         finally:
             with self._turn:

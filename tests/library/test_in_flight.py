@@ -12,6 +12,7 @@ from typing import Any
 
 import in_flight_jobs as jobs
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_flight_jobs import GatedStorage, Recorder, gated
@@ -20,7 +21,7 @@ from rank_pool import RankPools
 import distckpt
 from distckpt import CheckpointManager, catalog, names
 from distckpt.background import Pruner, PruneRequest
-from distckpt.errors import ConfigError, SaveInFlightError
+from distckpt.errors import ConfigError, DirectoryBusyError, SaveInFlightError
 from distckpt.retention import Retention
 from distckpt.storage import open_storage
 
@@ -352,3 +353,21 @@ def test_the_line_of_a_save_names_what_it_took(tmp_path: Path, caplog: pytest.Lo
     number = r"\d+\.\d+"
     pattern = rf"saved step 7 to \S+: stall {number} s, {number} MB written in {number} s \(\d+ MB/s\)"
     assert re.fullmatch(pattern, line)
+
+
+def test_a_job_that_has_lost_the_directory_deletes_nothing_more(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with CheckpointManager(tmp_path, keep=9) as ckpt:
+        for step in (1, 2, 3):
+            ckpt.save(step, {"x": torch.ones(1)})
+    asked: list[int] = []
+
+    def insist() -> None:
+        asked.append(len(asked))
+        if len(asked) == 3:  # before the pruning, and before the first deletion, all is well
+            raise DirectoryBusyError(path=str(tmp_path), host="elsewhere", pid=7, since=None, taken_over=True)
+
+    pruner = Pruner(Retention(last=1), insist=insist)
+    pruner.start(open_storage(tmp_path), PruneRequest(newest=3, resumed_from=None))
+    pruner.wait()
+    assert [c.step for c in CheckpointManager(tmp_path).checkpoints] == [2, 3]
+    assert "could not prune" in caplog.text
