@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from distckpt.logfolder import log_folder
 from distckpt.manager import CheckpointManager
 from distckpt.ranks import Ranks
 from distckpt.retention import Retention
@@ -30,7 +31,7 @@ from distckpt.trainer.console import Meter
 from distckpt.trainer.datasets import Images, download_images, open_images
 from distckpt.trainer.evaluation import Evaluation, evaluate
 from distckpt.trainer.history import changed_settings, find_past, recorded
-from distckpt.trainer.logs import RunLog, log_folder
+from distckpt.trainer.logs import RunLog
 from distckpt.trainer.optimization import apply_settings, check_device
 from distckpt.trainer.order import Plan
 from distckpt.trainer.process import Process, deterministic, joined

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import distckpt
 from distckpt.catalog import locate
 from distckpt.errors import CheckpointNotFoundError, ConfigError, RankFailedError
+from distckpt.logfolder import LOG_NAME
 from distckpt.retention import Retention
 from distckpt.storage import open_storage
 from distckpt.trainer import (
@@ -35,7 +36,6 @@ from distckpt.trainer import (
     TrainConfig,
     Trainer,
 )
-from distckpt.trainer.logs import LOG_NAME
 
 ROOT = Path(__file__).parents[2]
 SMALL = DataConfig(name="synthetic", image_size=32, num_classes=6, num_train=23, num_test=9)
