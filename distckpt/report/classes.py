@@ -104,9 +104,9 @@ def sheet(record: EvaluationRecord) -> Markup | None:
     if not record.samples:
         return None
     mistakes = sum(sample.true != sample.predicted for sample in record.samples)
-    note = f"the {count_text(mistakes, 'mistake')} that the model is surest of" if mistakes else ""
-    if mistakes < len(record.samples):
-        note += f"{', then ' if mistakes else ''}the hits that it is least sure of"
+    hits = "the hits that the model is least sure of" if mistakes < len(record.samples) else None
+    wrong = f"{count_text(mistakes, 'mistake')}, the surest first" if mistakes else None
+    note = "; then ".join(part for part in (wrong, hits) if part)
     pictures = (_picture(record, sample) for sample in record.samples)
     caption = tag("figcaption", tag("h3", "Samples"), tag("span", note, class_="note"))
     return tag("figure", caption, tag("ul", *pictures, class_="sheet"), class_="samples")

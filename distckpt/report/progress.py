@@ -125,7 +125,7 @@ def _sign_keys(facts: Facts) -> list[Key]:
         Key(style=f"sign {kind}", name=name if counts[kind] == 1 else f"{name}s", figure=f"{counts[kind]:,}")
         for kind, name in _SIGN_NAMES.items()
         if counts[kind]
-    ] + [Key(style=style, name=f"checkpoint {fate}") for style, fate in _RUG if fates[fate]]
+    ] + [Key(style=style, name=f"checkpoint {fate}") for style, fate in _RUG[:2] if fates[fate]]
 
 
 def _tips(facts: Facts, curves: Mapping[str, Sequence[Point]], x: Scale, y: Scale, factor: float) -> list[Tip]:

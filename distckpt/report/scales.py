@@ -75,7 +75,7 @@ def value_scale(values: Sequence[float], *, from_zero: bool = False, num_ticks: 
 def _log_scale(low: float, high: float) -> Scale:
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     decades = last - first
-    factors = (1, 2, 5) if decades <= 1 else (1, 3) if decades <= 3 else (1,)
+    factors = (1, 2, 5) if decades <= 1 else (1, 3) if decades <= 6 else (1,)
     marks = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
     low = max((mark for mark in marks if mark <= low * 1.001), default=low)
     high = min((mark for mark in marks if mark >= high * 0.999), default=high)

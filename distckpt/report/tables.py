@@ -15,6 +15,7 @@ from distckpt.wording import count_text, duration_text, number_text, size_text
 MOST_ROWS = 300
 _MOST_SETTINGS = 300
 _MOST_VALUE_CHARS = 300
+_PROSE = frozenset({"why", "ended", "where"})  # columns whose text may be long
 _FATE_NAMES = {"newer format": "of a newer distckpt"}
 
 
@@ -35,7 +36,7 @@ def status(kind: str, text: str) -> Markup:
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> Markup:
     """Return a table that becomes a list of cards on a phone: each cell knows its column's name."""
-    sides = ["num" if head in right else None for head in heads]
+    sides = [None if head in _PROSE else "num tight" if head in right else "tight" for head in heads]
     head = tag("tr", *(tag("th", name, scope="col", class_=side) for name, side in zip(heads, sides, strict=True)))
     body = []
     for row in rows:
