@@ -16,6 +16,8 @@ from distckpt.wording import number_text
 
 _LOG_FROM = 30.0  # the ratio of largest to smallest from which a linear scale would hide the small ones
 _MOST_DECADES = 12
+_SMALLEST, _LARGEST = 1e-280, 1e280  # beyond them, sums and ratios leave the range of a float
+_LAST_MOMENT = 1e11  # in seconds since 1970; in the year 5138
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
 _TIME_STEPS = (
     1,
@@ -57,13 +59,13 @@ class Scale:
 
 def value_scale(values: Sequence[float], *, from_zero: bool = False, num_ticks: int = 4) -> Scale:
     """Return a scale for values: logarithmic if they are all positive and differ much, unless it begins at zero."""
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [min(_LARGEST, max(-_LARGEST, value)) for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
-    if not from_zero and low > 0 and high / low >= _LOG_FROM:
+    if not from_zero and low > _SMALLEST and high / low >= _LOG_FROM:
         return _log_scale(max(low, high / 10**_MOST_DECADES), high)
     low = min(0.0, low) if from_zero else low
-    if high - low <= 1e-12 * max(abs(high), abs(low)):  # all the same: some room on both sides
-        room = abs(high) / 2 or 1.0
+    if high - low <= max(_SMALLEST, 1e-12 * max(abs(high), abs(low))):  # all the same: some room on both sides
+        room = abs(high) / 2 if abs(high) > _SMALLEST else 1.0
         low, high = (low if from_zero else low - room), high + room
     step = _nice((high - low) / num_ticks)
     low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
@@ -94,13 +96,15 @@ def step_scale(low: int, high: int, *, num_ticks: int = 6) -> Scale:
 
 def time_scale(low: float, high: float, *, num_ticks: int = 5) -> Scale:
     """Return a scale for moments, in seconds since 1970, labelled with the machine's local time."""
-    high = max(high, low + 1)
+    low = min(_LAST_MOMENT, max(0.0, low))
+    high = min(_LAST_MOMENT + 1, max(high, low + 1))
     wanted = (high - low) / num_ticks
     size = next((size for size in _TIME_STEPS if size >= wanted), 0) or max(1, math.ceil(wanted / _DAY)) * _DAY
     offset = time.localtime(low).tm_gmtoff
     first = math.ceil((low + offset) / size) * size - offset
     form = "%H:%M:%S" if size < _MINUTE else "%H:%M" if high - low < _DAY else "%d %b %H:%M" if size < _DAY else "%d %b"
-    moments = [first + index * size for index in range(math.floor((high - first) / size) + 1)]
+    places = (first + index * size for index in range(math.floor((high - first) / size) + 1))
+    moments = [place for place in places if low <= place <= high]
     return Scale(low=low, high=high, ticks=tuple((m, time.strftime(form, time.localtime(m))) for m in moments))
 
 

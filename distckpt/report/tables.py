@@ -134,4 +134,11 @@ def _flattened(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, str
         for key in value:
             yield from _flattened(value[key], f"{name}.{key}" if name else str(key), depth + 1)
     else:
-        yield name[:_MOST_VALUE_CHARS], "" if value is None else str(value)
+        yield name[:_MOST_VALUE_CHARS], "" if value is None else _text(value)
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value)
+    except RecursionError:
+        return "nested too deep to be shown"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distckpt.report.charts import MOST_TIPS, Layer, Sign, Tip, chart
@@ -28,12 +28,19 @@ def test_a_thinned_curve_keeps_its_extremes_ends_and_gaps(values: list[float], m
     assert any(map(math.isnan, values)) == any(math.isnan(value) for _, value in thinned)
 
 
-@given(values=st.lists(st.floats(-1e12, 1e12) | st.just(math.nan), max_size=20), from_zero=st.booleans())
+@given(values=st.lists(st.floats(-1e12, 1e12) | st.floats(), max_size=20), from_zero=st.booleans())
+@example(values=[0.0, 5e-324], from_zero=False)
+@example(values=[5e-324, 1e-300], from_zero=False)
+@example(values=[-1.7e308, 1.7e308], from_zero=True)
 def test_every_value_lies_on_its_scale(values: list[float], from_zero: bool) -> None:
     scale = value_scale(values, from_zero=from_zero)
     slack = 1e-9 * max(1.0, abs(scale.low), abs(scale.high))
     assert scale.low < scale.high
-    assert all(scale.low - slack <= value <= scale.high + slack for value in values if math.isfinite(value))
+    shown = [value for value in values if abs(value) <= 1e280]
+    most = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    shown = [value for value in shown if scale.kind == "linear" or value > most / 1e12]
+    assert all(scale.low - slack <= value <= scale.high + slack for value in shown)
+    assert all(0 <= scale.at(value) <= 1 for value in values)
     assert 2 <= len(scale.ticks) <= 12
     assert all(0 <= scale.at(tick) <= 1 for tick, _ in scale.ticks)
 
@@ -53,11 +60,13 @@ def test_steps_are_labelled_at_whole_numbers(high: int) -> None:
     assert len({text for _, text in scale.ticks}) == len(scale.ticks)
 
 
-@given(low=st.floats(0, 2e9), length=st.floats(0, 1e8))
+@given(low=st.floats(0, 2e9), length=st.floats(0, 1e8) | st.floats(0, 1e300))
+@example(low=1e300, length=1.0)
 def test_moments_are_labelled_within_their_scale(low: float, length: float) -> None:
     scale = time_scale(low, low + length)
     assert len(scale.ticks) <= 12
     assert all(scale.low <= moment <= scale.high for moment, _ in scale.ticks)
+    assert all(0 <= scale.at(moment) <= 1 for moment in (low, low + length))
 
 
 def test_means_leave_gaps_out() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -116,6 +117,16 @@ def test_hostile_text_is_text(tmp_path: Path) -> None:
 def test_a_run_named_like_a_script_is_named_like_that(tmp_path: Path) -> None:
     facts = gather([], None, Logs(folder=tmp_path), url=f"s3://bucket/{HOSTILE}", now=NOW)
     assert Elements(render(facts)).of("h1") == [{}]
+
+
+@pytest.mark.parametrize("created", [0.0, 1e11, 1e300])
+@pytest.mark.parametrize("value", [0.0, 5e-324, -1e300, 1.7e308, float("inf"), float("nan")])
+def test_numbers_beyond_all_reason_are_shown_somehow(tmp_path: Path, created: float, value: float) -> None:
+    timings = {"stage_s": value, "write_s": value} if math.isfinite(value) else {}
+    odd = {"metrics": {"val/loss": value, "val/top1": value}, "timings": timings, "world_size": 10**17}
+    histories.checkpoint(tmp_path, 10)
+    histories.checkpoint(tmp_path, 10**12 - 1, created=created, config={"a": [[[]]] * 9, "b": {"c": None}}, **odd)
+    assert "999,999,999,999" in Elements(render(facts_of(tmp_path))).text
 
 
 def test_an_empty_run_still_has_a_page() -> None:
