@@ -66,11 +66,10 @@ class Tip:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sign:
-    """A line across the plot, with a sign at its top: place, kind, and what it says."""
+    """A line across the plot, with a sign at its top: where, and of which kind; a tip says more."""
 
     at: float
     kind: str
-    text: str
 
 
 def chart(

@@ -76,7 +76,7 @@ def _chart(facts: Facts, names: Sequence[str], x: Scale, *, is_first: bool) -> M
         layers=layers,
         keys=[*_keys(facts, names), *(_sign_keys(facts) if is_first else ())],
         tips=_tips(facts, curves, x, y, factor),
-        signs=[Sign(at=x.at(mark.step), kind=mark.kind, text=mark.text) for mark in facts.marks],
+        signs=[Sign(at=x.at(mark.step), kind=mark.kind) for mark in facts.marks],
         rug=checkpoint_rug(facts, x),
         note=", ".join(notes),
         size="tall" if "loss" in stem else "",

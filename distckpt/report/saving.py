@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from distckpt.report.charts import Key, Layer, Sign, Tip, chart
 from distckpt.report.facts import Facts
-from distckpt.report.history import Row, Save
+from distckpt.report.history import Fate, Row, Save
 from distckpt.report.jobs import Job
 from distckpt.report.markup import Markup, tag
 from distckpt.report.scales import Scale, step_scale, time_scale, value_scale
@@ -23,7 +24,8 @@ Units = tuple[tuple[str, float], ...]  # names and sizes, largest first
 _TIMES: Units = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
 _SIZES: Units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 _RATES: Units = tuple((f"{name}/s", size) for name, size in _SIZES)
-_FATES = (
+_UNSAID = {"kept": "still there", "partial": "never committed"}
+_FATES: tuple[tuple[str, Fate, str], ...] = (
     ("kept", "kept", "kept"),
     ("gone", "deleted", "deleted"),
     ("bad", "damaged", "damaged"),
@@ -97,10 +99,9 @@ def _highest(measured: Sequence[tuple[Save, float]], most: int) -> list[tuple[Sa
 
 def timeline(facts: Facts) -> Markup | None:
     """Return the chart of all checkpoints over time: each from its save to its end; above it, the jobs."""
-    rows = [row for row in facts.rows if row.created is not None and row.step is not None]
-    rows = [row for row in rows if row.fate != "deleted"][-_MOST_LIVES:] + [
-        row for row in rows if row.fate == "deleted"
-    ][-_MOST_LIVES:]
+    known = [row for row in facts.rows if row.created is not None and row.step is not None]
+    deleted = [row for row in known if row.fate == "deleted"]
+    rows = [row for row in known if row.fate != "deleted"][-_MOST_LIVES:] + deleted[-_MOST_LIVES:]
     if not rows:
         return None
     jobs = facts.jobs[-_MOST_BANDS:]
@@ -108,6 +109,7 @@ def timeline(facts: Facts) -> Markup | None:
     gone = [row.gone for row in rows if row.gone is not None]
     x = time_scale(min(moments), max(moments + gone))
     y = value_scale([row.step or 0 for row in rows], from_zero=True)
+    counts = Counter(row.fate for row in facts.rows)
     lives = {style: [row for row in rows if row.fate == fate] for style, fate, _ in _FATES}
     layers = [layer for style, some in lives.items() if some for layer in _lives(some, style, x, y)]
     return chart(
@@ -116,11 +118,9 @@ def timeline(facts: Facts) -> Markup | None:
         x=x,
         y=y,
         layers=layers,
-        keys=[
-            Key(style=style, name=name, figure=f"{len(lives[style]):,}") for style, _, name in _FATES if lives[style]
-        ],
+        keys=[Key(style=style, name=name, figure=f"{counts[fate]:,}") for style, fate, name in _FATES if counts[fate]],
         tips=[_tip(row, x, y) for row in rows],
-        signs=[Sign(at=x.at(job.started), kind="start", text=f"job {job.number}") for job in jobs[1:]],
+        signs=[Sign(at=x.at(job.started), kind="start") for job in jobs[1:]],
         above=_bands(jobs, x) if facts.has_events else None,
         note="by step; each from its save to its end",
         size="tall",
@@ -146,7 +146,8 @@ def _tip(row: Row, x: Scale, y: Scale) -> Tip:
         rows.append(("size", size_text(row.num_bytes), ""))
     said = "; ".join(row.reasons)
     ended = f"{moment_text(row.gone)}" if row.gone is not None else ""
-    rows.append((row.fate, ", ".join(part for part in (ended, said) if part) or "yes", style))
+    otherwise = _UNSAID.get(row.fate, "nobody said when")
+    rows.append((row.fate, ", ".join(part for part in (ended, said) if part) or otherwise, style))
     spot = (y.at(row.step or 0), style)
     return Tip(at=x.at(row.created or 0.0), head=f"step {row.step:,}", rows=tuple(rows), spots=(spot,))
 

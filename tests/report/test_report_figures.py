@@ -82,7 +82,7 @@ def test_a_gap_breaks_a_line_and_a_lone_point_is_a_dot() -> None:
 
 def test_signs_at_one_place_stand_above_each_other_and_a_crowd_is_thinned() -> None:
     scale = Scale(low=0.0, high=1.0)
-    signs = [Sign(at=0.5, kind=kind, text="") for kind in ("restart", "restart", "damage")]
+    signs = [Sign(at=0.5, kind=kind) for kind in ("restart", "restart", "damage")]
     tips = [Tip(at=index / 5000, head="", rows=()) for index in range(5000)]
     page = chart(title="", summary="", x=scale, y=scale, layers=[], signs=signs, tips=tips)
     assert page.count('class="sign restart"') == 1
