@@ -43,6 +43,9 @@ class Checkpoint:
         config: The run's configuration; None if none was given.
         pinned: Whether retention has to keep it.
         parent: {"step": ..., "attempt": ...} of the checkpoint before it in its run, or None.
+        timings: Seconds that the save's parts took on the slowest rank: "stage_s", "write_s".
+        versions: Of distckpt, torch and Python.
+        writer: Who committed it: {"host": ..., "pid": ...}.
     """
 
     step: int
@@ -57,6 +60,9 @@ class Checkpoint:
     config: dict[str, Json] | None = None
     pinned: bool = False
     parent: dict[str, Json] | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    writer: dict[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +194,9 @@ def describe(storage: Storage, manifest: Manifest | Outline, *, folder: str, pin
         config=manifest.config,
         pinned=pinned,
         parent=manifest.parent,
+        timings=dict(manifest.timings),
+        versions=dict(manifest.versions),
+        writer=dict(manifest.writer),
     )
 
 

@@ -24,7 +24,10 @@ _SEAL = re.compile(rb',"xxh3":"([0-9a-f]{32})"}\n')
 _SEAL_BYTES = len(b',"xxh3":"') + 32 + len(b'"}\n')
 _FILE_BYTES = re.compile(r'\{"bytes":([0-9]{1,18}),"name":"[^"\\]*","rank":')
 _MIDDLE = re.compile(r',"parent":(null|\{[^{}]*\}),"run":("[^"\\]*"),"step":([0-9]{1,18}),"tensors":\{')
-_WORLD_SIZE = re.compile(r',"world_size":([0-9]{1,18}),"writer":\{[^{}]*\},"xxh3":"[0-9a-f]{32}"\}\n\Z')
+_END = re.compile(
+    r',"timings":(\{[^{}]*\}),"versions":(\{[^{}]*\}),"world_size":([0-9]{1,18}),"writer":(\{[^{}]*\}),'
+    r'"xxh3":"[0-9a-f]{32}"\}\n\Z'
+)
 _TAIL_CHARS = 4096
 _FILES_END = '],"format":'
 _SCALARS = json.JSONDecoder()
@@ -44,6 +47,9 @@ class Outline:
     parent: dict[str, Json] | None
     config: dict[str, Json] | None
     num_bytes: int
+    timings: dict[str, float]
+    versions: dict[str, str]
+    writer: dict[str, Json]
 
 
 def outline(data: bytes, *, path: str) -> Outline:
@@ -71,6 +77,9 @@ def outline(data: bytes, *, path: str) -> Outline:
         parent=manifest.parent,
         config=manifest.config,
         num_bytes=manifest.num_bytes,
+        timings=manifest.timings,
+        versions=manifest.versions,
+        writer=manifest.writer,
     )
 
 
@@ -89,26 +98,30 @@ def _skim(data: bytes) -> Outline | None:
     more, objects_begin = _pairs_until(text, files_end + 1, "objects")
     facts |= more
     middles = list(_MIDDLE.finditer(text, objects_begin))
-    world_size = _WORLD_SIZE.search(text, max(0, len(text) - _TAIL_CHARS))
+    end = _END.search(text, max(0, len(text) - _TAIL_CHARS))
     # What was found may stand inside another object, if that has the key, too, or the true one is escaped.
     if len(middles) != 1 or text.count('"parent":', objects_begin) != 1 or r"\u00" in text:
         return None
-    if facts["format"] != FORMAT or facts["layout"] not in ("full", "sharded") or not world_size:
+    if facts["format"] != FORMAT or facts["layout"] not in ("full", "sharded") or not end:
         return None
     if not math.isfinite(float(facts["created"])):
         return None
     parent, run, step = middles[0].groups()
+    timings, versions, world_size, writer = end.groups()
     return Outline(
         step=int(step),
         run=json.loads(run),
         attempt=names.checked(_checked(facts["attempt"], str)),
         layout=cast(Layout, facts["layout"]),
-        world_size=int(world_size[1]),
+        world_size=int(world_size),
         created=float(facts["created"]),
         metrics={name: float(value) for name, value in facts["metrics"].items()},
         parent=json.loads(parent),
         config=facts["config"] if facts["config"] is None else _checked(facts["config"], dict),
         num_bytes=sum(map(int, sizes)),
+        timings={name: float(value) for name, value in json.loads(timings).items()},
+        versions={name: _checked(value, str) for name, value in json.loads(versions).items()},
+        writer=json.loads(writer),
     )
 
 

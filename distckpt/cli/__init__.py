@@ -1,6 +1,7 @@
 """The command line: look at the checkpoints of a run, check, compare, move and prune them, on any path or URL.
 
     distckpt ls|show|verify|diff|prune|pin|unpin|doctor URL [--json]
+    distckpt report URL [-o FILE]
     distckpt cp SRC DST
     distckpt export URL DST --format safetensors|torch|dcp|hf
     distckpt import SRC URL

@@ -19,6 +19,7 @@ from distckpt.cli.intake import import_
 from distckpt.cli.ls import ls
 from distckpt.cli.pin import pin, unpin
 from distckpt.cli.prune import prune
+from distckpt.cli.report import report
 from distckpt.cli.show import show
 from distckpt.cli.torture import torture
 from distckpt.cli.verify import verify
@@ -56,7 +57,7 @@ application = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=_EPILOG,
 )
-for command in (ls, show, verify, diff, prune, pin, unpin, cp, export, doctor, torture):
+for command in (ls, show, verify, diff, prune, pin, unpin, cp, export, report, doctor, torture):
     application.command(epilog=_EPILOG)(command)
 application.command("import", epilog=_EPILOG)(import_)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from distckpt import wording
 from distckpt.storage import Buffer, CountingStorage, Storage
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 _UNBOUNDED = 10_000  # columns; what reads a pipe has no edge to wrap at
 _VISIBLE = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), *range(127, 160))}  # all but newlines
 _MOST_METRICS = 50  # on one line
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+size_text = wording.size_text
+count_text = wording.count_text
 _AGES = ((60, "s", 1), (3600, "min", 60), (86_400, "h", 3600), (math.inf, "d", 86_400))
 
 
@@ -176,15 +178,6 @@ def rate_text(num_bytes: float, seconds: float) -> str:
     return f"{size_text(num_bytes)} in {seconds:.3g} s, {size_text(num_bytes / max(seconds, 1e-9))}/s"
 
 
-def size_text(num_bytes: float) -> str:
-    """Return a size in words: "6.8 MB"."""
-    unit = 0
-    while num_bytes >= 999.5 and unit < len(_UNITS) - 1:
-        num_bytes /= 1000
-        unit += 1
-    return f"{num_bytes:.{0 if unit == 0 or num_bytes >= 99.95 else 1}f} {_UNITS[unit]}"
-
-
 def age_text(moment: float) -> str:
     """Return how long ago a moment, in seconds since 1970, was: "3 min ago"."""
     seconds = max(0.0, time.time() - moment)
@@ -205,11 +198,6 @@ def date_text(moment: float | None) -> str:
     if moment is None:
         return ""
     return age_text(moment) if time.time() - moment < 86_400 else moment_text(moment)[:16]
-
-
-def count_text(number: int, noun: str) -> str:
-    """Return a number of things: "1 file", "2,000 files"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def metrics_text(metrics: dict[str, float]) -> str:

@@ -43,6 +43,8 @@ class Images:
         test_transform: The same without randomness.
         classes: The classes' names, by label.
         shape: Channels, height and width of a transformed image.
+        mean: By channel, what a transformed image's 0 is as a shade, from 0 (black) to 1 (white).
+        std: By channel, how much of that range a transformed image's 1 is.
     """
 
     train: Sequence[tuple[Any, int]] | Dataset[tuple[Any, int]]
@@ -51,6 +53,8 @@ class Images:
     test_transform: Transform
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @property
     def num_train(self) -> int:
@@ -304,6 +308,8 @@ def _cifar10(config: DataConfig) -> Images:
         test_transform=transforms.Compose(as_tensor),
         classes=tuple(train.classes),
         shape=(3, 32, 32),
+        mean=_CIFAR_MEAN,
+        std=_CIFAR_STD,
     )
 
 
@@ -331,4 +337,6 @@ def _imagefolder(config: DataConfig) -> Images:
         test_transform=transforms.Compose([*plain, *as_tensor]),
         classes=tuple(folders["train"].classes),
         shape=(3, size, size),
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
     )

@@ -1,4 +1,4 @@
-"""Evaluation on the test samples: loss, top-1, top-5 and accuracy by class, exact over ranks.
+"""Evaluation on the test samples: loss, top-1, top-5, accuracy by class and what is taken for what; exact over ranks.
 
 Invariant: every test sample is counted once, whatever the number of ranks; the training is left as it was, its random
 numbers included.
@@ -17,6 +17,9 @@ from torch.nn import functional
 from distckpt.trainer.optimization import Precision
 from distckpt.trainer.order import share
 from distckpt.trainer.process import Process
+from distckpt.trainer.sheet import Picture, Sheet
+
+MOST_CONFUSED = 1_000  # classes; the counts of so many take 8 MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,8 @@ class Evaluation:
         top5: Fraction of samples whose class is among the first five choices.
         num_samples: Samples by class.
         num_right: Samples by class whose class is the first choice.
+        confusion: (class, first choice, samples), where there are any; None if there are too many classes to count it.
+        pictures: The samples that say most; on rank 0 alone, if they were asked for.
     """
 
     loss: float
@@ -36,6 +41,8 @@ class Evaluation:
     top5: float
     num_samples: tuple[int, ...]
     num_right: tuple[int, ...]
+    confusion: tuple[tuple[int, int, int], ...] | None = None
+    pictures: tuple[Picture, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         """Return the figures over all classes, by the names under which they are logged and stored."""
@@ -61,6 +68,7 @@ def evaluate(
     num_classes: int,
     precision: Precision,
     process: Process,
+    sheet: Sheet | None = None,
 ) -> Evaluation:
     """Return how the model does on the test samples of all ranks together.
 
@@ -70,13 +78,14 @@ def evaluate(
         num_classes: Number of logits.
         precision: The number format of the forward passes.
         process: This rank.
+        sheet: Picks the samples that say most, if given.
 
     Ranks: all (collective); blocks until every rank has done its samples.
     """
     if process.world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-    counts = torch.zeros(3, num_classes, dtype=torch.int64, device=process.device)  # samples, first choice, first five
+    tally = _Tally(num_classes, process)
     loss = torch.zeros((), dtype=torch.float64, device=process.device)
     was_training = model.training
     model.eval()
@@ -85,12 +94,15 @@ def evaluate(
             with precision.autocast():
                 logits = model(images)
             loss += functional.cross_entropy(logits.float(), labels, reduction="none").double().sum()
-            counts += _count(logits, labels, num_classes)
+            choices = logits.topk(min(5, num_classes), dim=1).indices  # [batch, 5]
+            tally.count(choices, labels)
+            if sheet is not None:
+                sheet.see(images, labels, logits=logits.float(), choices=choices[:, 0])
     model.train(was_training)
+    tally.share()
     if process.world_size > 1:
-        dist.all_reduce(counts)
         dist.all_reduce(loss)
-    num_samples, first, five = counts.tolist()
+    num_samples, first, five = tally.by_class.tolist()
     total = sum(num_samples)
     return Evaluation(
         loss=loss.item() / total,
@@ -98,13 +110,45 @@ def evaluate(
         top5=sum(five) / total,
         num_samples=tuple(num_samples),
         num_right=tuple(first),
+        confusion=tally.confusion(),
+        pictures=() if sheet is None else sheet.pictures(),
     )
 
 
-def _count(logits: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Return [3, classes]: samples, those whose class is the first choice, those where it is among the first five."""
-    choices = logits.topk(min(5, num_classes), dim=1).indices  # [batch, 5]
-    hits = choices == labels.unsqueeze(1)
-    weights = torch.stack([torch.ones_like(labels), hits[:, 0].long(), hits.any(dim=1).long()])  # [3, batch]
-    counts = torch.zeros(3, num_classes, dtype=torch.int64, device=labels.device)
-    return counts.index_add_(1, labels, weights)
+class _Tally:
+    """Counts samples by class, and by class and first choice; all on the device.
+
+    Attributes:
+        by_class: [3, classes]: samples, those whose class is the first choice, those where it is among the first five.
+    """
+
+    def __init__(self, num_classes: int, process: Process) -> None:
+        self._num_classes = num_classes
+        self._process = process
+        self.by_class = torch.zeros(3, num_classes, dtype=torch.int64, device=process.device)
+        num_pairs = num_classes**2 if num_classes <= MOST_CONFUSED else 0
+        self._pairs = torch.zeros(num_pairs, dtype=torch.int64, device=process.device)
+
+    def count(self, choices: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count a batch: first choices [batch, 5], and labels [batch]."""
+        hits = choices == labels.unsqueeze(1)
+        ones = torch.ones_like(labels)
+        self.by_class.index_add_(1, labels, torch.stack([ones, hits[:, 0].long(), hits.any(dim=1).long()]))
+        if len(self._pairs):
+            self._pairs.index_add_(0, labels * self._num_classes + choices[:, 0], ones)
+
+    def share(self) -> None:
+        """Add the counts of all ranks."""
+        if self._process.world_size > 1:
+            dist.all_reduce(self.by_class)
+            dist.all_reduce(self._pairs)
+
+    def confusion(self) -> tuple[tuple[int, int, int], ...] | None:
+        """Return (class, first choice, samples) for each pair that occurs; None if they were not counted."""
+        if not len(self._pairs):
+            return None
+        found = self._pairs.nonzero().squeeze(1)
+        counts = self._pairs[found].tolist()
+        return tuple(
+            (*divmod(place, self._num_classes), count) for place, count in zip(found.tolist(), counts, strict=True)
+        )

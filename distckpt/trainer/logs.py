@@ -18,23 +18,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from distckpt.errors import StorageError
-
-LOG_NAME = "log.jsonl"
-
-
-def log_folder(log_dir: str | None, directory: str) -> Path:
-    """Return where to log: `log_dir`, else the checkpoint directory if it is local, else runs/ with its last name.
-
-    Ranks: any.
-    """
-    if log_dir is not None:
-        return Path(log_dir)
-    protocol, is_url, rest = directory.partition("://")
-    if not is_url:
-        return Path(directory)
-    if protocol in ("file", "local"):
-        return Path(rest)
-    return Path("runs") / (rest.rstrip("/").rpartition("/")[2] or "run")
+from distckpt.logfolder import LOG_NAME
 
 
 class RunLog:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from distckpt.logfolder import log_folder
 from distckpt.manager import CheckpointManager
 from distckpt.ranks import Ranks
 from distckpt.retention import Retention
@@ -29,12 +30,14 @@ from distckpt.trainer.config import TrainConfig, check
 from distckpt.trainer.console import Meter
 from distckpt.trainer.datasets import Images, download_images, open_images
 from distckpt.trainer.evaluation import Evaluation, evaluate
+from distckpt.trainer.evaluation_file import write_evaluation
 from distckpt.trainer.history import changed_settings, find_past, recorded
-from distckpt.trainer.logs import RunLog, log_folder
+from distckpt.trainer.logs import RunLog
 from distckpt.trainer.optimization import apply_settings, check_device
 from distckpt.trainer.order import Plan
 from distckpt.trainer.process import Process, deterministic, joined
 from distckpt.trainer.reload import load_model
+from distckpt.trainer.sheet import Sheet
 
 logger = logging.getLogger(__name__)
 
@@ -290,10 +293,12 @@ class _Run:
             num_classes=len(self.parts.images.classes),
             precision=self.parts.precision,
             process=self.process,
+            sheet=Sheet(self.parts.images, self.process),
         )
         self.metrics = self.evaluation.metrics()
         if log is not None:
             log.write("eval", step=step, values={"epoch": epoch, **self.metrics})
+            write_evaluation(log.folder, self.evaluation, step=step, classes=self.parts.images.classes)
         self._say("epoch %d, step %d: %s", epoch, step, _figures(self.metrics))
         return self.metrics
 

@@ -7,7 +7,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from distckpt.errors import StorageError
-from distckpt.trainer.logs import LOG_NAME, RunLog, log_folder
+from distckpt.logfolder import LOG_NAME, log_folder
+from distckpt.trainer.logs import RunLog
 
 
 def write(folder: Path, *, done: int, to: int) -> None:

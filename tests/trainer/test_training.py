@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import distckpt
 from distckpt.catalog import locate
 from distckpt.errors import CheckpointNotFoundError, ConfigError, RankFailedError
+from distckpt.logfolder import EVALUATION_NAME, LOG_NAME
 from distckpt.retention import Retention
 from distckpt.storage import open_storage
 from distckpt.trainer import (
@@ -35,7 +36,6 @@ from distckpt.trainer import (
     TrainConfig,
     Trainer,
 )
-from distckpt.trainer.logs import LOG_NAME
 
 ROOT = Path(__file__).parents[2]
 SMALL = DataConfig(name="synthetic", image_size=32, num_classes=6, num_train=23, num_test=9)
@@ -83,7 +83,8 @@ def assert_equal_to_the_bit(first: Path, second: Path, step: int) -> None:
     assert tensors.keys() == other_tensors.keys()
     assert len(tensors) > 10
     assert [name for name, tensor in tensors.items() if not torch.equal(tensor, other_tensors[name])] == []
-    assert (first / LOG_NAME).read_bytes() == (second / LOG_NAME).read_bytes()
+    for name in (LOG_NAME, EVALUATION_NAME):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 def assert_close(first: Path, second: Path) -> None:
