@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from distckpt.progress import span_text
 from distckpt.storage import Buffer, CountingStorage, Storage
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ _UNBOUNDED = 10_000  # columns; what reads a pipe has no edge to wrap at
 _VISIBLE = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), *range(127, 160))}  # all but newlines
 _MOST_METRICS = 50  # on one line
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-_AGES = ((60, "s", 1), (3600, "min", 60), (86_400, "h", 3600), (math.inf, "d", 86_400))
 
 
 def output() -> Console:
@@ -187,9 +187,7 @@ def size_text(num_bytes: float) -> str:
 
 def age_text(moment: float) -> str:
     """Return how long ago a moment, in seconds since 1970, was: "3 min ago"."""
-    seconds = max(0.0, time.time() - moment)
-    unit, divisor = next((unit, divisor) for limit, unit, divisor in _AGES if seconds < limit)
-    return f"{seconds / divisor:.0f} {unit} ago"
+    return f"{span_text(time.time() - moment)} ago"
 
 
 def moment_text(moment: float) -> str:
