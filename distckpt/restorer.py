@@ -75,7 +75,7 @@ class Restorer:
             self._is_torn = self._is_torn or is_torn(error)
             raise
         self._is_torn = self._is_torn and loaded is None
-        seconds = time.monotonic() - begun
+        seconds = round(time.monotonic() - begun, 6)
         if loaded is None:
             self._bulletin.post(Restored(step=0, seconds=seconds, num_bytes=0))
             return None

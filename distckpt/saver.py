@@ -309,9 +309,9 @@ class Saver:
         self._tell(
             Saved(
                 step=step,
-                stall_s=stall_s,
-                write_s=write_s,
-                durable_s=now - begun,
+                stall_s=round(stall_s, 6),
+                write_s=round(write_s, 6),
+                durable_s=round(now - begun, 6),
                 num_bytes=facts.num_bytes,
                 world_size=done.manifest.world_size,
                 layout=self._layout,

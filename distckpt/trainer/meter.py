@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 
 from rich.console import Console
@@ -70,7 +71,12 @@ class Meter:
         return min(max(_PLAIN_LINE_EVERY_S, (now - self._begun) / 100), 12 * _PLAIN_LINE_EVERY_S)
 
     def _drawn(self, console: Console) -> Text:
-        return drawn(self._where, self._saving(), width=console.width, ascii_only=console.options.ascii_only)
+        looks = Looks(
+            width=console.width,
+            ascii_only=console.options.ascii_only,
+            colored=console.color_system is not None and not console.no_color,
+        )
+        return drawn(self._where, self._saving(), looks)
 
 
 class Whereabouts:
@@ -130,13 +136,28 @@ class Whereabouts:
         return [(number, text) for number, text in parts if text]
 
 
-def drawn(where: Whereabouts, saving: Progress, *, width: int, ascii_only: bool = False) -> Text:
-    """Return the line for a terminal of `width` columns: as many parts as fit, and a bar if there is room.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looks:
+    """What a terminal can show.
+
+    Attributes:
+        width: Its columns.
+        ascii_only: Whether it knows no other characters.
+        colored: Whether it has colors.
+    """
+
+    width: int
+    ascii_only: bool = False
+    colored: bool = True
+
+
+def drawn(where: Whereabouts, saving: Progress, looks: Looks) -> Text:
+    """Return the line for a terminal: as many parts as fit, and a bar if there is room.
 
     Ranks: any.
     """
     parts = where.parts(saving)
-    room = width - 1  # what fills the last column too is broken into two lines by some terminals
+    room = looks.width - 1  # what fills the last column too is broken into two lines by some terminals
     while sum(len(text) + 2 for _, text in parts) - 2 > room and len(parts) > 1:
         parts.remove(max(parts))
     first, *rest = (text for _, text in parts)
@@ -144,7 +165,7 @@ def drawn(where: Whereabouts, saving: Progress, *, width: int, ascii_only: bool 
     num_columns = min(room - sum(len(text) + 2 for _, text in parts), _LONGEST_BAR)
     if num_columns >= _SHORTEST_BAR:
         num_full = num_columns * where.step // max(where.total, 1)
-        full, empty = ("#", "-") if ascii_only else ("━", "━")
+        full, empty = ("#", "-") if looks.ascii_only else ("━", "━" if looks.colored else " ")
         text.append("  ").append(full * num_full, "bar.complete").append(empty * (num_columns - num_full), "bar.back")
     for part in rest:
         text.append(f"  {part}")

@@ -16,7 +16,7 @@ import pytest
 from distckpt.events import Trained
 from distckpt.progress import Progress, span_text
 from distckpt.trainer import meter
-from distckpt.trainer.meter import Meter, Whereabouts, drawn
+from distckpt.trainer.meter import Looks, Meter, Whereabouts, drawn
 
 SAVING = Progress(saved_step=322, saved_ago_s=3.2, saving_step=345, saving_bytes=1000, written_bytes=430)
 FIGURES = Trained(step=345, epoch=16, loss=0.00812, lr=0.05, samples=20_000, samples_per_s=1234.5)
@@ -31,7 +31,7 @@ def half_way() -> Whereabouts:
 
 
 def words(where: Whereabouts, saving: Progress, *, width: int) -> list[str]:
-    return re.split("  +", re.sub("━+", "", drawn(where, saving, width=width).plain))
+    return re.split("  +", re.sub("━+", "", drawn(where, saving, Looks(width=width)).plain))
 
 
 def test_a_wide_line_says_all() -> None:
@@ -39,7 +39,7 @@ def test_a_wide_line_says_all() -> None:
     left = where.left_s(now=345 / 2)
     assert left == pytest.approx(345 / 2)
     assert where.left_s(now=345 / 2 + 10) == pytest.approx(345 / 2 - 10)
-    line = drawn(where, SAVING, width=160).plain
+    line = drawn(where, SAVING, Looks(width=160)).plain
     assert re.fullmatch(
         r"step 345/690  ━{40}  loss 0\.0081  lr 0\.05  1,23[45] samples/s  \d:\d\d:\d\d left  "
         r"saved 322, 3 s ago  saving 345: 43 %",
@@ -51,7 +51,7 @@ def test_a_wide_line_says_all() -> None:
 def test_no_line_is_wider_than_the_terminal_and_the_step_is_always_there(saving: Progress) -> None:
     where = half_way()
     for width in range(14, 200):
-        text = drawn(where, saving, width=width)
+        text = drawn(where, saving, Looks(width=width))
         assert len(text.plain) < width
         assert text.plain.startswith("step 345/690")
 
@@ -67,10 +67,11 @@ def test_what_matters_least_is_left_out_first() -> None:
     assert gone == ["0.05", "samples/s", "ago", "%", "left", "0.0081"]
 
 
-def test_the_bar_grows_with_the_steps_and_needs_no_unicode() -> None:
+def test_the_bar_grows_with_the_steps_and_needs_neither_unicode_nor_colors() -> None:
     where = Whereabouts(total=100)
     where.step = 25
-    assert drawn(where, Progress(), width=60, ascii_only=True).plain.endswith("##########" + 30 * "-")
+    assert drawn(where, Progress(), Looks(width=60, ascii_only=True)).plain.endswith("##########" + 30 * "-")
+    assert drawn(where, Progress(), Looks(width=60, colored=False)).plain.endswith("━━━━━━━━━━" + 30 * " ")
 
 
 def test_the_time_left_is_that_of_the_last_minutes_without_the_first_step() -> None:
