@@ -20,7 +20,7 @@ from rich.text import Text
 from distckpt.events import Trained
 from distckpt.progress import Progress
 
-_PLAIN_LINE_EVERY_S = 5.0
+_PLAIN_LINE_EVERY_S, _PLAIN_LINE_AT_LEAST_EVERY_S = 5.0, 60.0
 _PACE_OVER_S = 300.0
 _SHORTEST_BAR, _LONGEST_BAR = 10, 40  # columns
 
@@ -62,13 +62,10 @@ class Meter:
         """
         self._where.advance(step, trained)
         now = time.monotonic()
-        if self._is_shown and not self._is_drawn and trained is not None and now - self._spoke >= self._silence_s(now):
+        is_due = trained is not None and now - self._spoke >= silence_s(now - self._begun)
+        if self._is_shown and not self._is_drawn and is_due:
             self._spoke = now
             print("  ".join(text for _, text in self._where.parts(self._saving())), file=sys.stderr, flush=True)
-
-    def _silence_s(self, now: float) -> float:
-        """Return how long to be silent between two plain lines: longer in a long training, whose log is kept."""
-        return min(max(_PLAIN_LINE_EVERY_S, (now - self._begun) / 100), 12 * _PLAIN_LINE_EVERY_S)
 
     def _drawn(self, console: Console) -> Text:
         looks = Looks(
@@ -77,6 +74,14 @@ class Meter:
             colored=console.color_system is not None and not console.no_color,
         )
         return drawn(self._where, self._saving(), looks)
+
+
+def silence_s(elapsed_s: float) -> float:
+    """Return for how long to be silent between two plain lines: longer in a long training, whose output is kept.
+
+    Ranks: any.
+    """
+    return min(max(_PLAIN_LINE_EVERY_S, elapsed_s / 100), _PLAIN_LINE_AT_LEAST_EVERY_S)
 
 
 class Whereabouts:
@@ -114,9 +119,11 @@ class Whereabouts:
 
         Ranks: any.
         """
-        if not self._marks or self._marks[0][1] >= self.step:
+        if not self._marks:
             return None
-        (begun, first), (ended, last) = self._marks[0], self._newest
+        (begun, first), (ended, last) = self._marks[0], self._newest  # read once: another thread may draw
+        if last <= first:
+            return None
         since = (time.monotonic() if now is None else now) - ended
         return max(0.0, (ended - begun) / (last - first) * (self.total - last) - since)
 

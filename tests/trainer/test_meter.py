@@ -16,7 +16,7 @@ import pytest
 from distckpt.events import Trained
 from distckpt.progress import Progress, span_text
 from distckpt.trainer import meter
-from distckpt.trainer.meter import Looks, Meter, Whereabouts, drawn
+from distckpt.trainer.meter import Looks, Meter, Whereabouts, drawn, silence_s
 
 SAVING = Progress(saved_step=322, saved_ago_s=3.2, saving_step=345, saving_bytes=1000, written_bytes=430)
 FIGURES = Trained(step=345, epoch=16, loss=0.00812, lr=0.05, samples=20_000, samples_per_s=1234.5)
@@ -138,6 +138,11 @@ def test_without_a_terminal_it_is_a_plain_line_now_and_then(
     first, second = capsys.readouterr().err.splitlines()
     assert first == "step 1/3  loss 0.0081  lr 0.05  1,234 samples/s"
     assert re.fullmatch(r"step 3/3  loss 0\.0081  lr 0\.05  1,234 samples/s  saved 2, 0 s ago", second)
+
+
+@pytest.mark.parametrize(("elapsed_s", "silent_s"), [(0, 5), (500, 5), (3600, 36), (1e6, 60)])
+def test_plain_lines_are_rarer_in_a_long_training(elapsed_s: float, silent_s: float) -> None:
+    assert silence_s(elapsed_s) == silent_s
 
 
 @contextmanager
