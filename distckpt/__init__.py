@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distckpt.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from distckpt import errors
+    from distckpt import errors, events
     from distckpt.catalog import Checkpoint
     from distckpt.manager import CheckpointManager
     from distckpt.retention import Retention
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distckpt.trainer import TrainConfig, Trainer
     from distckpt.weights import load_weights
 
+_MODULES = ("errors", "events")
 _HOMES = {
     "Checkpoint": "catalog",
     "CheckpointManager": "manager",
@@ -40,6 +41,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "errors",
+    "events",
     "load",
     "load_weights",
     "save",
@@ -47,8 +49,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return importlib.import_module("distckpt.errors")
+    if name in _MODULES:
+        return importlib.import_module(f"distckpt.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

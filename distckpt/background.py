@@ -15,6 +15,7 @@ from functools import partial
 
 from distckpt import catalog
 from distckpt.catalog import Checkpoint, Folder
+from distckpt.events import Callback, Pruned
 from distckpt.retention import Retention, decide
 from distckpt.storage import FileInfo, Storage
 
@@ -100,15 +101,23 @@ class Pruner:
     Args:
         retention: What to keep.
         insist: Called before each pruning and each deletion; raises if nothing may be deleted any more.
+        tell: Is told of the checkpoints that were deleted.
 
     Attributes:
         known: Facts of checkpoints whose manifests need not be read again; see `catalog.committed`.
     """
 
-    def __init__(self, retention: Retention, *, insist: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        retention: Retention,
+        *,
+        insist: Callable[[], None] = lambda: None,
+        tell: Callback = lambda event: None,
+    ) -> None:
         self.known: dict[tuple[int, int], Checkpoint] = {}
         self._retention = retention
         self._insist = insist
+        self._tell = tell
         self._turn = threading.Condition()
         self._thread: threading.Thread | None = None
         self._wanted: tuple[Storage, PruneRequest | None] | None = None
@@ -192,20 +201,28 @@ class Pruner:
 
     def _prune(self, storage: Storage, request: PruneRequest) -> None:
         folders = catalog.scan(storage)
+        committed = catalog.committed(storage, folders, known=self.known)
         plan = decide(
-            catalog.committed(storage, folders, known=self.known),
+            committed,
             self._retention,
             now=time.time(),
             resumed_from=request.resumed_from,
             pinned=[folder.step for folder in folders if folder.pinned],
         )
         gone = {decision.step for decision in plan if not decision.kept}
-        for folder in folders:
-            is_dead = not folder.committed and not folder.damaged and folder.step <= request.newest
-            if folder.step in gone or is_dead:
-                self._away_from_saves(folder, partial(catalog.remove, storage, folder))
-            elif folder.committed and folder.step <= request.newest:
-                self._remove_strays(storage, folder)
+        deleted: list[int] = []
+        try:
+            for folder in folders:
+                is_dead = not folder.committed and not folder.damaged and folder.step <= request.newest
+                if folder.step in gone or is_dead:
+                    is_deleted = self._away_from_saves(folder, partial(catalog.remove, storage, folder))
+                    deleted += [folder.step] if is_deleted and folder.committed else []
+                elif folder.committed and folder.step <= request.newest:
+                    self._remove_strays(storage, folder)
+        finally:
+            if deleted:
+                num_bytes = sum(checkpoint.num_bytes for checkpoint in committed if checkpoint.step in deleted)
+                self._tell(Pruned(step=request.newest, steps=tuple(deleted), num_bytes=num_bytes))
 
     def _sweep(self, storage: Storage) -> None:
         """Delete what dead saves have left, but for the youngest one: its manifest may still be on its way."""
@@ -226,10 +243,11 @@ class Pruner:
         if found:
             self._away_from_saves(folder, partial(storage.delete, found))
 
-    def _away_from_saves(self, folder: Folder, delete: Callable[[], None]) -> None:
+    def _away_from_saves(self, folder: Folder, delete: Callable[[], None]) -> bool:
+        """Delete in a folder, unless a save may be there; say whether that was done."""
         with self._turn:
             if folder.step in self._spared:
-                return
+                return False
             self._deleting = folder.step
         try:
             self._insist()  # since the last deletion the job may have stood still, and another taken its place
@@ -238,6 +256,7 @@ class Pruner:
             with self._turn:
                 self._deleting = None
                 self._turn.notify_all()
+        return True
 
 
 def _attempt_of(file: FileInfo) -> str:

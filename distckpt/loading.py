@@ -18,6 +18,7 @@ from distckpt.applying import apply, settled
 from distckpt.checksum import digest
 from distckpt.datafiles import Reader
 from distckpt.errors import CheckpointDamagedError, StateMismatchError, UsageError
+from distckpt.events import Callback
 from distckpt.manifest import Manifest
 from distckpt.matching import Match, Part, Selection, match
 from distckpt.nodecopy import NodeCopy
@@ -41,6 +42,7 @@ class RestoreRequest:
         heal: Whether to put damaged checkpoints aside, as their owner may, and go on with the next older one.
         fresh: Whether what is in the state is worth nothing yet, as after a restart: then it is read into at once, and
             if no checkpoint proves good it holds anything.
+        tell: Is told of a checkpoint that is put aside.
     """
 
     step: int | None = None
@@ -49,6 +51,7 @@ class RestoreRequest:
     rng: bool = True
     heal: bool = False
     fresh: bool = False
+    tell: Callback = lambda event: None
 
     @property
     def selection(self) -> Selection:

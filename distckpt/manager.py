@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
-import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from distckpt import catalog
+from distckpt.arguments import check_above_zero, check_choice
+from distckpt.bulletin import Bulletin
 from distckpt.catalog import Checkpoint
-from distckpt.errors import ConfigError, DistckptError, UsageError
+from distckpt.errors import DistckptError, UsageError
+from distckpt.events import Callback, Ended, Preempted
 from distckpt.inspection import Inspection, Mode
 from distckpt.interval import Every
 from distckpt.manifest import Layout
+from distckpt.outcome import Ending
 from distckpt.pace import Pace, past_uptimes
 from distckpt.preemption import Preemption
+from distckpt.progress import Progress
 from distckpt.ranks import Ranks
-from distckpt.restore import RestoreRequest, is_torn, restore
+from distckpt.restore import RestoreRequest
+from distckpt.restorer import Restorer
 from distckpt.retention import Retention
 from distckpt.saver import Saver, WhenBusy
 from distckpt.schedule import Schedule
@@ -80,6 +84,8 @@ class CheckpointManager:
             part, about 1 MB, on the thread that writes.
         check_finite: What happens if parameters or optimizer states hold NaN or infinities: "warn", not to save it
             ("error"), or nothing is looked at ("off"). The thread that writes looks at all that it writes.
+        callbacks: What is told of each event, on rank 0, by this thread: functions of one `distckpt.events.Event`,
+            called at the end of each method here; one that raises is logged and dropped. See docs/events.md.
 
     Attributes:
         preempted: Whether the loop ended because of such a signal, after its last save was committed.
@@ -107,20 +113,13 @@ class CheckpointManager:
         overlap: bool = True,
         check_replicas: Mode = "warn",
         check_finite: Mode = "warn",
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        if layout not in ("sharded", "full"):
-            raise ConfigError(source="CheckpointManager", problem=f'layout must be "sharded" or "full", is {layout!r}')
-        if not timeout_s > 0:
-            raise ConfigError(source="CheckpointManager", problem=f"timeout_s must be above 0, is {timeout_s!r}")
-        if mtbf_s is not None and not 0 < mtbf_s < math.inf:
-            raise ConfigError(source="CheckpointManager", problem=f"mtbf_s must be above 0, is {mtbf_s!r}")
-        if when_busy not in get_args(WhenBusy):
-            problem = f'when_busy must be "wait", "skip" or "raise", is {when_busy!r}'
-            raise ConfigError(source="CheckpointManager", problem=problem)
-        for name, mode in {"check_replicas": check_replicas, "check_finite": check_finite}.items():
-            if mode not in get_args(Mode):
-                problem = f'{name} must be "off", "warn" or "error", is {mode!r}'
-                raise ConfigError(source="CheckpointManager", problem=problem)
+        owner = type(self).__name__
+        check_above_zero(owner, timeout_s=timeout_s, mtbf_s=mtbf_s)
+        check_choice(owner, Layout, layout=layout)
+        check_choice(owner, WhenBusy, when_busy=when_busy)
+        check_choice(owner, Mode, check_replicas=check_replicas, check_finite=check_finite)
         self.preempted = False
         self._storage = open_storage(directory, storage_options=storage_options)
         self._every = Every.of(every)
@@ -131,6 +130,8 @@ class CheckpointManager:
         self._pace = Pace(self._every, mtbf_s=mtbf_s)
         self._schedule = Schedule(self._every, pace=self._pace, preemption=self._preemption)
         self._tenure = Tenure(timeout_s=timeout_s)
+        self._bulletin = Bulletin(callbacks)
+        self._restorer = Restorer(bulletin=self._bulletin)
         self._saver = Saver(
             self._storage,
             retention=Retention.of(keep),
@@ -143,9 +144,8 @@ class CheckpointManager:
             tenure=self._tenure,
             inspection=Inspection(replicas=check_replicas, finite=check_finite),
             overlap=overlap,
+            tell=self._bulletin.post,
         )
-        self._is_unused = True  # nothing has been restored, and no step done: the state is worth nothing yet
-        self._is_torn = False
         self._channels: tuple[Ranks, Ranks] | None = None
         self._closed = False
 
@@ -176,6 +176,19 @@ class CheckpointManager:
         return self._saver.num_skipped
 
     @property
+    def progress(self) -> Progress:
+        """How the saving stands, for a progress line: `bar.set_postfix_str(str(ckpt.progress))`.
+
+        Ranks: any, on any thread; returns at once.
+        """
+        return self._saver.progress
+
+    @property
+    def job(self) -> str:
+        """The short name that this job has in its events."""
+        return self._bulletin.job
+
+    @property
     def _ranks(self) -> Ranks:
         """The channel of the training's thread."""
         return self._open_channels()[0]
@@ -187,6 +200,7 @@ class CheckpointManager:
         if self._channels is None:
             self._channels = Ranks(timeout_s=self._timeout_s), Ranks(timeout_s=self._timeout_s)
             self._preemption.listen()
+            self._bulletin.begin(self._channels[0], directory=self.directory)
         return self._channels
 
     @property
@@ -270,36 +284,22 @@ class CheckpointManager:
 
         Ranks: all (collective); blocks until every rank has loaded.
         """
-        request = RestoreRequest(
-            step=step, skip=skip, only=only, rng=self._rng, heal=step is None, fresh=step is None and self._is_unused
-        )
+        request = RestoreRequest(step=step, skip=skip, only=only, rng=self._rng, heal=step is None)
         ranks = self._ranks
         self._saver.settle()
         if self._owns:
             self._saver.own(ranks)
-        self._is_unused = False
-        begun = time.monotonic()
-        try:
-            loaded = restore(state, request, storage=self._storage, ranks=ranks)
-        except BaseException as error:
-            self._is_torn = self._is_torn or is_torn(error)
-            raise
-        self._is_torn = self._is_torn and loaded is None
+        manifest = self._restorer.restore(state, request, storage=self._storage, ranks=ranks)
         if self._owns:
             self._saver.sweep()
-        self._pace.restart(0 if loaded is None else loaded[1].step)
-        if loaded is None:
-            return 0
-        _, manifest = loaded
-        self._saver.resume(manifest)
-        if ranks.rank == 0:
-            if self._every.auto:
+        done = 0 if manifest is None else manifest.step
+        self._pace.restart(done)
+        if manifest is not None:
+            self._saver.resume(manifest)
+            if ranks.rank == 0 and self._every.auto:
                 self._pace.ended_s = past_uptimes(self._storage)
-            logger.info(
-                "restored step %d from %s: %.1f MB in %.2f s",
-                *(manifest.step, self.directory, manifest.num_bytes / 1e6, time.monotonic() - begun),
-            )
-        return manifest.step
+        self._bulletin.deliver()
+        return done
 
     def step(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> bool:
         """Say that `step` is completed: save if it is due, and return whether to leave the loop.
@@ -325,8 +325,10 @@ class CheckpointManager:
         """Do what is due after a step; a save that is the last one waits for the one in flight."""
         ranks = self._ranks
         self._pace.step_ended(world_size=ranks.world_size, tell=ranks.rank == 0)
-        self._is_unused = False
+        self._restorer.state_is_used()
         due = self._schedule.after(step, ranks, busy=self._saver.is_busy, last=last)
+        if due.stop:
+            self._bulletin.post(Preempted(step=step, signal=self._preemption.signal, left_s=None, choice="save now"))
         if due.save:
             busy = due.busy and not (due.stop or last)
             self._saver.save(step, state, metrics, channels=self._open_channels(), busy=busy)
@@ -334,6 +336,7 @@ class CheckpointManager:
             self.wait()
             self.preempted = True
             self._tenure.conclude("preempted", step=step)  # the time to say so at the end may be too short
+        self._bulletin.deliver()
         self._pace.step_begins(writing=self._saver.is_busy)
         return due.stop
 
@@ -386,14 +389,11 @@ class CheckpointManager:
         ranks = self._ranks
         if type(step) is not int or step < 0:
             raise UsageError(problem=f"step must be an int from 0 on, is {step!r}")
-        if self._is_torn:
-            raise UsageError(
-                problem="the state holds parts of a checkpoint that failed to load, and is not saved",
-                fix="restore a whole one, or build the state anew and make a new CheckpointManager",
-            )
-        self._is_unused = False
+        self._restorer.insist_whole()
+        self._restorer.state_is_used()
         busy = self._saver.agreed_busy(step, ranks=ranks)
         self._saver.save(step, state, metrics, channels=self._open_channels(), busy=busy)
+        self._bulletin.deliver()
 
     def wait(self) -> None:
         """Return once no save is in flight, and what retention does not keep is deleted.
@@ -410,6 +410,7 @@ class CheckpointManager:
             self._saver.await_commit()
         finally:
             self._saver.await_pruning()
+            self._bulletin.deliver()
 
     def close(self) -> None:
         """Wait for the save in flight and give back the signals' handlers; a closed manager saves no more.
@@ -435,4 +436,8 @@ class CheckpointManager:
             if isinstance(because, SystemExit) and not because.code:
                 because = None
             reason = None if because is None else f"{type(because).__name__}: {because}".partition("\nFix:")[0]
-            self._tenure.end("complete" if reason is None else "failed", step=self._saver.saved_step, reason=reason)
+            step = self._saver.saved_step
+            ending: Ending = "complete" if reason is None else "failed"
+            self._tenure.end(ending, step=step, reason=reason)
+            self._bulletin.post(Ended(step=step, ending="preempted" if self.preempted else ending, reason=reason))
+            self._bulletin.deliver()

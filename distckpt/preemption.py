@@ -26,10 +26,12 @@ class Preemption:
 
     Attributes:
         requested: Whether this process was asked to stop.
+        signal: The name of the signal that asked first; None if none did.
     """
 
     def __init__(self, signals: Sequence[signal.Signals]) -> None:
         self.requested = False
+        self.signal: str | None = None
         self._signals = tuple(signals)
         self._before: dict[signal.Signals, Any] = {}
         self._first_s = 0.0
@@ -63,7 +65,7 @@ class Preemption:
         if self.requested and number == signal.SIGINT and now - self._first_s > _IMPATIENT_S:
             raise KeyboardInterrupt
         if not self.requested:
-            self.requested, self._first_s = True, now
+            self.requested, self._first_s, self.signal = True, now, signal.Signals(number).name
         before = self._before.get(signal.Signals(number))
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)

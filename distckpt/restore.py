@@ -16,6 +16,7 @@ from typing import Any
 
 from distckpt import catalog, names
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError
+from distckpt.events import Quarantined
 from distckpt.garbage import kept_off
 from distckpt.loading import Loading, RestoreRequest
 from distckpt.manifest import Manifest
@@ -121,7 +122,7 @@ def _choose(storage: Storage, request: RestoreRequest, left_out: set[str], known
             continue  # it was deleted just now
         except CheckpointDamagedError as error:
             left_out.add(candidate.name)
-            _put_aside(storage, candidate.name, str(error))
+            _put_aside(storage, candidate.name, str(error), request)
             continue
         return _chosen(candidate.name, manifest, known)
     if left_out or any(folder.damaged for folder in folders):
@@ -149,7 +150,7 @@ def _check_sizes(folder: catalog.Folder, manifest: Manifest, url: str) -> None:
         )
 
 
-def _put_aside(storage: Storage, folder: str, reason: str) -> None:
+def _put_aside(storage: Storage, folder: str, reason: str, request: RestoreRequest) -> None:
     """Put a damaged checkpoint aside, loudly."""
     first_line = reason.partition("\n")[0]
     try:
@@ -158,6 +159,7 @@ def _put_aside(storage: Storage, folder: str, reason: str) -> None:
     except DistckptError as error:
         done = f"it could not be put aside ({error})"
     logger.warning("damaged checkpoint: %s; %s, and the next older one is taken", first_line, done)
+    request.tell(Quarantined(step=names.parse_step(folder), reason=f"{first_line}; {done}"))
 
 
 def _damaged(storage: Storage, folder: str, found: Json) -> CheckpointDamagedError:
@@ -265,5 +267,6 @@ def _examine(storage: Storage, request: RestoreRequest, folder: str, rank: int, 
     if problem is None:
         return {**found, "confirmed": False}
     if request.heal:
-        _put_aside(storage, folder, f"{names.join(storage.url, folder)}: {problem.file!r} {problem.problem}")
+        reason = f"{names.join(storage.url, folder)}: {problem.file!r} {problem.problem}"
+        _put_aside(storage, folder, reason, request)
     return {**found, "file": problem.file, "problem": problem.problem}

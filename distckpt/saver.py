@@ -14,9 +14,11 @@ from distckpt import catalog, names
 from distckpt.background import Pruner, PruneRequest, Writing
 from distckpt.commit import Copy, PreparedSave, SaveRequest, commit, prepare, prewarm
 from distckpt.errors import SaveInFlightError, UsageError
+from distckpt.events import Callback, Saved, SaveFailed, SaveSkipped
 from distckpt.inspection import Inspection
 from distckpt.manifest import Layout, Manifest
 from distckpt.pace import Pace
+from distckpt.progress import Progress
 from distckpt.ranks import Ranks
 from distckpt.retention import Retention
 from distckpt.storage import Storage
@@ -44,6 +46,7 @@ class Saver:
         tenure: The job's ownership of the directory.
         inspection: Looks at what is saved.
         overlap: Whether a GPU's training goes on while what changes only in an optimizer's step is copied.
+        tell: Is told of what is saved, and what not, on the thread where that happens.
 
     Attributes:
         storage: The run's directory.
@@ -64,6 +67,7 @@ class Saver:
         tenure: Tenure,
         inspection: Inspection | None = None,
         overlap: bool = True,
+        tell: Callback = lambda event: None,
     ) -> None:
         self.storage = storage
         self.num_skipped = 0
@@ -78,13 +82,16 @@ class Saver:
         self._workspace = Workspace()
         self._writing = Writing()
         self._tenure = tenure
-        self._pruner = Pruner(retention, insist=tenure.insist)
+        self._tell = tell
+        self._pruner = Pruner(retention, insist=tenure.insist, tell=tell)
         self._has_swept = False
         self._run: str | None = None
         self._parent: dict[str, Json] | None = None
         self._resumed_from: int | None = None
         self._begun_step: int | None = None
         self._saved_step: int | None = None
+        self._saved_at: float | None = None
+        self._in_flight: PreparedSave | None = None
 
     @property
     def saved_step(self) -> int | None:
@@ -96,6 +103,18 @@ class Saver:
         """Whether a save is in flight on this rank."""
         return self._writing.busy
 
+    @property
+    def progress(self) -> Progress:
+        """How the saving stands on this rank; may be asked on any thread."""
+        save, saved_at = self._in_flight, self._saved_at
+        return Progress(
+            saved_step=self._saved_step,
+            saved_ago_s=None if saved_at is None else time.monotonic() - saved_at,
+            saving_step=None if save is None else save.request.step,
+            saving_bytes=0 if save is None or save.staged is None else save.staged.plan.num_bytes,
+            written_bytes=0 if save is None or save.staged is None else save.staged.num_taken,
+        )
+
     def resume(self, manifest: Manifest) -> None:
         """Go on from a checkpoint: it is the parent of the next one, and is kept.
 
@@ -105,6 +124,7 @@ class Saver:
         self._tenure.name_run(manifest.run)
         self._parent = {"step": manifest.step, "attempt": manifest.attempt}
         self._resumed_from = self._saved_step = manifest.step
+        self._saved_at = None
 
     def own(self, ranks: Ranks) -> None:
         """Take the directory, unless this job has it.
@@ -190,8 +210,9 @@ class Saver:
         try:
             copy: Copy = "now" if self._background else "while writing"
             prepared = prepare(state, request, ranks=ranks, workspace=self._workspace, copy=copy, overlap=self._overlap)
-        except BaseException:
+        except BaseException as error:
             self._pruner.release()
+            self._tell(SaveFailed.of(error, step=step))
             raise
         self._begun_step = step
         if self._background:
@@ -229,6 +250,7 @@ class Saver:
     def _pass_over(self, step: int, ranks: Ranks) -> None:
         """Refuse or skip a save, as the one before is still in flight."""
         assert self._begun_step is not None
+        self._tell(SaveSkipped(step=step, in_flight=self._begun_step))
         if self._when_busy == "raise":
             raise SaveInFlightError(step=step, in_flight=self._begun_step)
         self.num_skipped += 1
@@ -261,13 +283,18 @@ class Saver:
         Without `stall_s` the training stands still until it is committed.
         """
         step, writing_since = prepared.request.step, time.monotonic()
+        self._in_flight = prepared
         try:
             done = commit(prepared, ranks=ranks, storage=self.storage, insist=self._tenure.insist)
+        except BaseException as error:
+            self._tell(SaveFailed.of(error, step=step))
+            raise
         finally:
+            self._in_flight = None
             self._pruner.release()
         now = time.monotonic()
         stall_s = now - begun if stall_s is None else stall_s
-        self._saved_step = step
+        self._saved_step, self._saved_at = step, now
         self._parent = {"step": step, "attempt": prepared.attempt}
         self._pace.save_committed(stall_s=stall_s, durable_s=now - begun)
         if done is None:
@@ -278,6 +305,17 @@ class Saver:
         logger.info(
             "saved step %d to %s: stall %.3f s, %.1f MB written in %.2f s (%.0f MB/s)",
             *(step, self.storage.url, stall_s, num_mb, write_s, num_mb / write_s),
+        )
+        self._tell(
+            Saved(
+                step=step,
+                stall_s=round(stall_s, 6),
+                write_s=round(write_s, 6),
+                durable_s=round(now - begun, 6),
+                num_bytes=facts.num_bytes,
+                world_size=done.manifest.world_size,
+                layout=self._layout,
+            )
         )
         self._pruner.start(self.storage, PruneRequest(newest=step, resumed_from=self._resumed_from))
 

@@ -152,10 +152,12 @@ class Staged:
 
     Attributes:
         plan: The plan of its file.
+        num_taken: How many of the file's bytes have been taken from `parts`, and done with.
     """
 
     def __init__(self, view: memoryview, plan: FilePlan, copy: HostCopy | DeviceCopy) -> None:
         self.plan = plan
+        self.num_taken = 0
         self._view = view
         self._copy = copy
         self._begun = isinstance(copy, HostCopy)
@@ -181,6 +183,7 @@ class Staged:
             while there < end and (arrived := next(ends, None)) is not None:
                 there = arrived
             yield self._view[begin:end]
+            self.num_taken = end
             begin, end = end, min(end + SEGMENT_BYTES, len(self._view))
         for _ in ends:  # nothing is left to come; what it holds is let go
             pass

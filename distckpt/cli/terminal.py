@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from distckpt import wording
+from distckpt.progress import span_text
 from distckpt.storage import Buffer, CountingStorage, Storage
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ _VISIBLE = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), *ran
 _MOST_METRICS = 50  # on one line
 size_text = wording.size_text
 count_text = wording.count_text
-_AGES = ((60, "s", 1), (3600, "min", 60), (86_400, "h", 3600), (math.inf, "d", 86_400))
 
 
 def output() -> Console:
@@ -180,9 +180,7 @@ def rate_text(num_bytes: float, seconds: float) -> str:
 
 def age_text(moment: float) -> str:
     """Return how long ago a moment, in seconds since 1970, was: "3 min ago"."""
-    seconds = max(0.0, time.time() - moment)
-    unit, divisor = next((unit, divisor) for limit, unit, divisor in _AGES if seconds < limit)
-    return f"{seconds / divisor:.0f} {unit} ago"
+    return f"{span_text(time.time() - moment)} ago"
 
 
 def moment_text(moment: float) -> str:

@@ -1,4 +1,4 @@
-"""What a person sees of a training: a progress bar, or plain lines without a terminal; messages; the final table.
+"""What a person sees of a training beside the progress line: messages, and the final table.
 
 Invariant: talk goes to stderr, results to stdout, and only rank 0 writes either.
 """
@@ -7,65 +7,11 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-from contextlib import ExitStack
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from distckpt.trainer.evaluation import Evaluation
-
-_PLAIN_LINE_EVERY_S = 5.0
-
-
-class Meter:
-    """Shows how far the training is: step, loss, learning rate and samples per second.
-
-    Without a terminal it is a line now and then.
-    """
-
-    def __init__(self, *, done: int, total: int, shown: bool) -> None:
-        self._total = total
-        self._shown = shown
-        self._stack = ExitStack()
-        self._bar: Progress | None = None
-        self._spoke = time.monotonic()
-        if shown and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task("training", total=total, completed=done, figures="")
-
-    def advance(self, step: int, figures: str | None = None) -> None:
-        """Show that a step is completed, with new figures if there are any.
-
-        Ranks: any; all but rank 0 are silent.
-        """
-        if self._bar is not None:
-            if figures is None:
-                self._bar.update(self._task, completed=step)
-            else:
-                self._bar.update(self._task, completed=step, figures=figures)
-        elif self._shown and figures is not None and time.monotonic() - self._spoke >= _PLAIN_LINE_EVERY_S:
-            self._spoke = time.monotonic()
-            print(f"step {step}/{self._total}  {figures}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Meter:
-        if self._bar is not None:
-            self._stack.enter_context(self._bar)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
 
 
 class _StderrHandler(logging.Handler):

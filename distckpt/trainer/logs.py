@@ -1,5 +1,7 @@
 """The run's log on local disk: `log.jsonl`, one JSON object per line, and TensorBoard files.
 
+TensorBoard also gets what saves cost, at their steps; `events.jsonl`, beside it, is `distckpt.events.EventLog`'s.
+
 Invariant: read as a whole, the log holds each step once, as if the run had never been stopped: what was logged after
 the checkpoint that a run resumes from is taken back before anything new is logged.
 Lines hold nothing that depends on the clock, so that a resumed run's log equals an undisturbed one's.
@@ -18,6 +20,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from distckpt.errors import StorageError
+from distckpt.events import Event, Saved
 from distckpt.logfolder import LOG_NAME
 
 
@@ -71,6 +74,24 @@ class RunLog:
         for name, value in {**values, **(board_only or {})}.items():
             tag = name if "/" in name else f"{kind}/{name}"
             self._board.add_scalar(tag, value, step)
+        self._board.flush()
+
+    def tell(self, event: Event) -> None:
+        """Draw what a save cost, in TensorBoard alone; other events, and what comes after the end, are passed over.
+
+        Ranks: 0.
+        """
+        if not isinstance(event, Saved) or self._lines.closed:
+            return
+        figures = {
+            "stall_s": event.stall_s,
+            "write_s": event.write_s,
+            "durable_s": event.durable_s,
+            "MB": event.num_bytes / 1e6,
+            "MB_per_s": event.num_bytes / 1e6 / max(event.write_s, 1e-9),
+        }
+        for name, value in figures.items():
+            self._board.add_scalar(f"save/{name}", value, event.step)
         self._board.flush()
 
     def close(self) -> None:

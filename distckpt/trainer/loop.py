@@ -10,9 +10,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,18 +21,20 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from distckpt.logfolder import log_folder
+from distckpt.bulletin import Audience
+from distckpt.events import Callback, Evaluated, Event, EventLog, Trained
+from distckpt.logfolder import EVENTS_NAME, log_folder
 from distckpt.manager import CheckpointManager
 from distckpt.ranks import Ranks
 from distckpt.retention import Retention
 from distckpt.trainer.assembly import Batch, Parts, TestLoader, assemble, train_batches, uncompiled
 from distckpt.trainer.config import TrainConfig, check
-from distckpt.trainer.console import Meter
 from distckpt.trainer.datasets import Images, download_images, open_images
 from distckpt.trainer.evaluation import Evaluation, evaluate
 from distckpt.trainer.evaluation_file import write_evaluation
 from distckpt.trainer.history import changed_settings, find_past, recorded
 from distckpt.trainer.logs import RunLog
+from distckpt.trainer.meter import Meter
 from distckpt.trainer.optimization import apply_settings, check_device
 from distckpt.trainer.order import Plan
 from distckpt.trainer.process import Process, deterministic, joined
@@ -68,6 +70,11 @@ class FitResult:
 class Trainer:
     """Trains an image classifier as a configuration says, resumably.
 
+    Args:
+        config: The settings.
+        callbacks: What rank 0 tells of each event: those of the checkpoints, the figures of each step that is logged,
+            and each evaluation; functions of one `distckpt.events.Event`. See docs/events.md.
+
     Attributes:
         config: The settings.
 
@@ -75,9 +82,10 @@ class Trainer:
         ConfigError: A setting is out of range.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> None:
         check(config)
         self.config = config
+        self._callbacks = tuple(callbacks)
 
     def fit(self) -> FitResult:
         """Train until all steps are done or the job is asked to stop; goes on from the newest checkpoint.
@@ -98,13 +106,14 @@ class Trainer:
             ranks = Ranks(timeout_s=self.config.checkpoint.timeout_s)
             images = _agreed_images(self.config, process, ranks)
             record = recorded(self.config, images.facts())
-            manager = stack.enter_context(_manager(self.config, images, record))
+            audience = Audience(self._callbacks)
+            manager = stack.enter_context(_manager(self.config, images, record, audience))
             past = find_past(manager, record, ranks)
             if process.is_first and past is not None:
                 for change in changed_settings(past, record):
                     logger.info("changed since step %d: %s", past.step, change)
             parts = assemble(self.config, images, process)
-            return _Run(self.config, process, ranks, parts, manager).go()
+            return _Run(self.config, process, ranks, parts, manager, audience=audience).go()
 
     @staticmethod
     def load_model(
@@ -140,8 +149,9 @@ def _download(config: TrainConfig, process: Process) -> None:
         download_images(config.data)
 
 
-def _manager(config: TrainConfig, images: Images, record: dict[str, Any]) -> CheckpointManager:
+def _manager(config: TrainConfig, images: Images, record: dict[str, Any], audience: Audience) -> CheckpointManager:
     checkpoint = config.checkpoint
+    folder = log_folder(config.train.log_dir, checkpoint.directory)
     steps_per_epoch = -(-images.num_train // config.train.global_batch_size)
     return CheckpointManager(
         checkpoint.directory,
@@ -156,6 +166,7 @@ def _manager(config: TrainConfig, images: Images, record: dict[str, Any]) -> Che
         when_busy=checkpoint.when_busy,
         check_replicas=checkpoint.check_replicas,
         check_finite=checkpoint.check_finite,
+        callbacks=[EventLog(folder / EVENTS_NAME), audience],
     )
 
 
@@ -163,13 +174,21 @@ class _Run:
     """One call of `Trainer.fit`."""
 
     def __init__(
-        self, config: TrainConfig, process: Process, ranks: Ranks, parts: Parts, manager: CheckpointManager
+        self,
+        config: TrainConfig,
+        process: Process,
+        ranks: Ranks,
+        parts: Parts,
+        manager: CheckpointManager,
+        *,
+        audience: Audience,
     ) -> None:
         self.config = config
         self.process = process
         self.ranks = ranks
         self.parts = parts
         self.manager = manager
+        self.audience = audience
         self.plan = parts.plan
         self.evaluation: Evaluation | None = None
         self.metrics: dict[str, float] = {}
@@ -195,7 +214,6 @@ class _Run:
         if step < total:
             self._say("preempted: saved step %d; run the same command to go on", step)
         else:
-            self.manager.wait()
             self._say("complete: step %d, %s", step, _figures(self.metrics))
         return self._result(step)
 
@@ -203,7 +221,9 @@ class _Run:
         """Run the steps after `done` ones, until all are done and saved or the job is asked to stop."""
         with ExitStack() as stack:
             log = self._open_log(stack, done)
-            meter = stack.enter_context(Meter(done=done, total=self.plan.total_steps, shown=self.process.is_first))
+            meter = Meter(total=self.plan.total_steps, saving=lambda: self.manager.progress)
+            if self.process.is_first:
+                stack.enter_context(meter.shown(done))
             batches = train_batches(self.parts, self.config, self.process)
             state = self.parts.state()
             rate = _Rate(self.plan, done)
@@ -216,6 +236,7 @@ class _Run:
                     self.manager.save(step, state, metrics=metrics)
                 if self.manager.step(step, state, metrics=metrics):
                     return
+            self.manager.wait()  # while the last save can still be seen, and noted in the log
 
     def _open_log(self, stack: ExitStack, done: int) -> RunLog | None:
         """Return rank 0's log, which `stack` closes; if it cannot be written, all ranks fail."""
@@ -225,6 +246,7 @@ class _Run:
             if self.process.is_first:
                 folder = log_folder(self.config.train.log_dir, self.config.checkpoint.directory)
                 opened.append(stack.enter_context(RunLog(folder, done=done)))
+                self.audience.add(opened[0].tell)
 
         self.ranks.agree("opening of the log", work, lambda _: None)
         return opened[0] if opened else None
@@ -241,7 +263,7 @@ class _Run:
         if self.process.world_size > 1:
             dist.all_reduce(loss)
         epoch, start, stop = self.plan.bounds(step - 1)
-        values = {
+        values: dict[str, Any] = {
             "epoch": epoch + 1,
             "loss": loss.item() / (stop - start),
             "lr": lr,
@@ -249,10 +271,11 @@ class _Run:
         }
         if norm is not None:
             values["grad_norm"] = norm.item()
-        samples_per_s = rate.at(step)
-        meter.advance(step, f"loss {values['loss']:.4f}  lr {lr:.3g}  {samples_per_s:,.0f} samples/s")
+        trained = Trained(step=step, samples_per_s=rate.at(step), **values)
+        meter.advance(step, trained)
         if log is not None:
-            log.write("train", step=step, values=values, board_only={"samples_per_s": samples_per_s})
+            log.write("train", step=step, values=values, board_only={"samples_per_s": trained.samples_per_s})
+        self._tell(trained)
 
     def _optimize(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Do one optimizer step; return this rank's sum of losses before it, and the gradients' norm if clipped.
@@ -299,8 +322,13 @@ class _Run:
         if log is not None:
             log.write("eval", step=step, values={"epoch": epoch, **self.metrics})
             write_evaluation(log.folder, self.evaluation, step=step, classes=self.parts.images.classes)
+        self._tell(Evaluated(step=step, epoch=epoch, metrics=dict(self.metrics)))
         self._say("epoch %d, step %d: %s", epoch, step, _figures(self.metrics))
         return self.metrics
+
+    def _tell(self, event: Event) -> None:
+        if self.process.is_first:
+            self.audience(replace(event, job=self.manager.job))
 
     def _say(self, message: str, *values: Any) -> None:
         if self.process.is_first:

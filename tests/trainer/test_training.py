@@ -257,6 +257,7 @@ def test_train_py_learns_the_digits_on_two_ranks(tmp_path: Path) -> None:
     command += ["--nproc_per_node=2", str(ROOT / "train.py"), "--checkpoint.directory", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+    assert not {"\r", "\x1b"} & {*run.stderr}  # no terminal, no control characters
     assert "accuracy by class" in run.stdout
     last = json.loads((tmp_path / LOG_NAME).read_text().splitlines()[-1])
     assert last["val/top1"] >= 0.97
