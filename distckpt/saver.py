@@ -84,6 +84,7 @@ class Saver:
         self._parent: dict[str, Json] | None = None
         self._resumed_from: int | None = None
         self._begun_step: int | None = None
+        self._begun_s = 0.0
         self._saved_step: int | None = None
 
     @property
@@ -95,6 +96,13 @@ class Saver:
     def is_busy(self) -> bool:
         """Whether a save is in flight on this rank."""
         return self._writing.busy
+
+    @property
+    def in_flight(self) -> tuple[int, float] | None:
+        """The step of the save in flight on this rank, and for how many seconds it has been; None if there is none."""
+        if self._begun_step is None or not self._writing.busy:
+            return None
+        return self._begun_step, time.monotonic() - self._begun_s
 
     def resume(self, manifest: Manifest) -> None:
         """Go on from a checkpoint: it is the parent of the next one, and is kept.
@@ -180,6 +188,7 @@ class Saver:
             return
         begun = time.monotonic()
         self.await_commit()
+        self._begun_s = time.monotonic()
         if step == self._saved_step:
             return
         self.own(ranks)
@@ -269,7 +278,7 @@ class Saver:
         stall_s = now - begun if stall_s is None else stall_s
         self._saved_step = step
         self._parent = {"step": step, "attempt": prepared.attempt}
-        self._pace.save_committed(stall_s=stall_s, durable_s=now - begun)
+        self._pace.save_committed(stall_s=stall_s, durable_s=now - self._begun_s)
         if done is None:
             return
         facts = catalog.describe(self.storage, done.manifest, folder=prepared.request.folder)
