@@ -6,7 +6,7 @@ numbers included.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +61,9 @@ def evaluate(
     num_classes: int,
     precision: Precision,
     process: Process,
-) -> Evaluation:
-    """Return how the model does on the test samples of all ranks together.
+    stopping: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Return how the model does on the test samples of all ranks together; None if it was broken off.
 
     Args:
         model: The model without DDP; its buffers become those of rank 0, as the next training step would have it.
@@ -70,18 +71,23 @@ def evaluate(
         num_classes: Number of logits.
         precision: The number format of the forward passes.
         process: This rank.
+        stopping: Says whether to break off; asked before each batch. If it says so on one rank, none has a result.
 
-    Ranks: all (collective); blocks until every rank has done its samples.
+    Ranks: all (collective); blocks until every rank has done its samples, or has broken off.
     """
     if process.world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
     counts = torch.zeros(3, num_classes, dtype=torch.int64, device=process.device)  # samples, first choice, first five
     loss = torch.zeros((), dtype=torch.float64, device=process.device)
+    broken = torch.zeros((), dtype=torch.int64, device=process.device)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for images, labels in batches:
+            if stopping():
+                broken += 1
+                break
             with precision.autocast():
                 logits = model(images)
             loss += functional.cross_entropy(logits.float(), labels, reduction="none").double().sum()
@@ -90,6 +96,9 @@ def evaluate(
     if process.world_size > 1:
         dist.all_reduce(counts)
         dist.all_reduce(loss)
+        dist.all_reduce(broken)
+    if broken.item():
+        return None
     num_samples, first, five = counts.tolist()
     total = sum(num_samples)
     return Evaluation(
