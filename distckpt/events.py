@@ -202,9 +202,9 @@ class Preempted(Event):
     """The job was asked to stop, and all ranks agreed to do so after `step`.
 
     Attributes:
-        signal: The signal that asked, such as "SIGTERM"; None if it was another reason, or another rank got it.
-        left_s: How much time was left then; None if nobody knows.
-        choice: What was decided, in a few words.
+        signal: The signal that asked, on whatever rank, such as "SIGTERM"; None if it was no signal.
+        left_s: How much time was left then, on the rank that had least; None if nobody knows.
+        choice: What was decided, and on what grounds, in words.
     """
 
     kind: ClassVar[str] = "preempted"

@@ -6,28 +6,29 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from distckpt import catalog
 from distckpt.arguments import check_above_zero, check_choice
+from distckpt.boundary import Boundary
 from distckpt.bulletin import Bulletin
 from distckpt.catalog import Checkpoint
 from distckpt.errors import DistckptError, UsageError
-from distckpt.events import Callback, Ended, Preempted
+from distckpt.events import Callback, Ended
 from distckpt.inspection import Inspection, Mode
 from distckpt.interval import Every
 from distckpt.manifest import Layout
-from distckpt.outcome import Ending
-from distckpt.pace import Pace, past_uptimes
-from distckpt.preemption import Preemption
+from distckpt.outcome import Ending, reason_of
+from distckpt.pace import Pace
+from distckpt.preemption import Preemption, known_deadline
 from distckpt.progress import Progress
 from distckpt.ranks import Ranks
 from distckpt.restore import RestoreRequest
 from distckpt.restorer import Restorer
 from distckpt.retention import Retention
 from distckpt.saver import Saver, WhenBusy
-from distckpt.schedule import Schedule
 from distckpt.storage import open_storage
 from distckpt.tenure import Tenure
 from distckpt.values import Json
@@ -35,7 +36,7 @@ from distckpt.values import Json
 logger = logging.getLogger("distckpt")
 
 TIMEOUT_S = 1800.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class CheckpointManager:
@@ -52,14 +53,17 @@ class CheckpointManager:
     training, too, after the commit; only `wait` and `close` wait for that.
 
     `every="auto"` saves first after 10 steps, to see what a save costs, and then so often that the time lost to saves
-    and to failures is least: Young's and Daly's interval, from the stall, what steps take longer while a save is
-    written, and `mtbf_s`. It is at most an hour, and never so short that saves cost more than 5 % of the training, that
-    one waits for the other, or 10 s. The choice and its predicted cost are logged whenever it changes.
+    and to failures is least (Young's and Daly's interval; see `distckpt.interval`). The choice and its predicted cost
+    are logged whenever it changes.
 
     A job that saves owns its directory, from its first restore or save until it is closed: a second one fails with the
     owner's host, process and time, and a dead owner's place is taken, at once on the same host, after a minute from
     another one. Readers (`restore` without `every`, `load`, the command line) need no ownership. What killed saves have
     left is deleted at the start.
+
+    A signal on any rank asks for one last save and the end of the loop. If, by the time that is left and by what saves
+    take here, the step cannot be saved, the save in flight is finished, or none is made; the log says which. In time
+    before its allocation ends, a run stops by itself. Either way the directory records that it was preempted.
 
     Args:
         directory: The run's directory: a path, or a URL that fsspec knows, such as "s3://bucket/run-7".
@@ -71,24 +75,24 @@ class CheckpointManager:
         storage_options: For the URL's file system, as fsspec takes them.
         rng: Whether to save and restore each rank's random-number generators.
         config: The run's configuration, to be kept in each checkpoint; plain JSON values.
-        signals: The signals that ask for one last save and the end of the loop.
+        signals: Those that ask for a stop; SIGUSR1 is left alone where other than Python code, as faulthandler, has it.
+        grace_s: Seconds from a signal until the launcher kills; None is what torchrun says, if it forwards the signal.
+        ends_at: When the allocation ends, in seconds since 1970; None is what Slurm says (`SLURM_JOB_END_TIME`).
         mtbf_s: The mean time between failures of the job, in seconds, for `every="auto"`; None estimates it: six
-            hours (less above 8,000 ranks), corrected by how long this process has run and by the restarts that the
-            newest checkpoints show.
+            hours (less above 8,000 ranks), corrected by the restarts that the newest checkpoints show.
         when_busy: What a save does that finds one in flight: "wait" for it, "skip" with a warning, or "raise". The last
             save of `steps`, and that of a preemption, wait.
         overlap: Whether a GPU goes on training while it copies what changes only in an optimizer's step; that step then
             waits for the copy. False, if parameters are changed by other means between a save and the next step.
-        check_replicas: What happens if ranks differ in parameters or optimizer states of which each holds its own copy
-            of the same: "warn", not to save it ("error"), or nothing is compared ("off"). Each save compares another
-            part, about 1 MB, on the thread that writes.
+        check_replicas: What happens if ranks differ in their copies of the same parameters or optimizer states:
+            "warn", not to save it ("error"), or nothing is compared ("off"). Each save compares another 1 MB.
         check_finite: What happens if parameters or optimizer states hold NaN or infinities: "warn", not to save it
             ("error"), or nothing is looked at ("off"). The thread that writes looks at all that it writes.
         callbacks: What is told of each event, on rank 0, by this thread: functions of one `distckpt.events.Event`,
             called at the end of each method here; one that raises is logged and dropped. See docs/events.md.
 
     Attributes:
-        preempted: Whether the loop ended because of such a signal, after its last save was committed.
+        preempted: Whether the loop ended by such a request, with the last save committed if there was time for one.
 
     Raises:
         ConfigError: A setting is out of range, or the URL is malformed.
@@ -108,6 +112,8 @@ class CheckpointManager:
         rng: bool = True,
         config: Mapping[str, Json] | None = None,
         signals: Sequence[signal.Signals] = SIGNALS,
+        grace_s: float | None = None,
+        ends_at: float | None = None,
         mtbf_s: float | None = None,
         when_busy: WhenBusy = "wait",
         overlap: bool = True,
@@ -116,22 +122,20 @@ class CheckpointManager:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         owner = type(self).__name__
-        check_above_zero(owner, timeout_s=timeout_s, mtbf_s=mtbf_s)
+        check_above_zero(owner, timeout_s=timeout_s, mtbf_s=mtbf_s, grace_s=grace_s, ends_at=ends_at)
         check_choice(owner, Layout, layout=layout)
         check_choice(owner, WhenBusy, when_busy=when_busy)
         check_choice(owner, Mode, check_replicas=check_replicas, check_finite=check_finite)
         self.preempted = False
         self._storage = open_storage(directory, storage_options=storage_options)
-        self._every = Every.of(every)
-        self._owns = self._every != Every()  # who saves by itself is no reader
+        interval = Every.of(every)
+        self._owns = interval != Every()  # who saves by itself is no reader
         self._timeout_s = timeout_s
         self._rng = rng
-        self._preemption = Preemption(signals)
-        self._pace = Pace(self._every, mtbf_s=mtbf_s)
-        self._schedule = Schedule(self._every, pace=self._pace, preemption=self._preemption)
+        self._preemption = Preemption(signals, deadline=known_deadline(grace_s=grace_s, ends_at=ends_at))
+        self._pace = Pace(interval, mtbf_s=mtbf_s)
         self._tenure = Tenure(timeout_s=timeout_s)
         self._bulletin = Bulletin(callbacks)
-        self._restorer = Restorer(bulletin=self._bulletin)
         self._saver = Saver(
             self._storage,
             retention=Retention.of(keep),
@@ -144,6 +148,15 @@ class CheckpointManager:
             tenure=self._tenure,
             inspection=Inspection(replicas=check_replicas, finite=check_finite),
             overlap=overlap,
+            tell=self._bulletin.post,
+        )
+        self._restorer = Restorer(saver=self._saver, pace=self._pace, bulletin=self._bulletin)
+        self._boundary = Boundary(
+            interval,
+            pace=self._pace,
+            preemption=self._preemption,
+            saver=self._saver,
+            tenure=self._tenure,
             tell=self._bulletin.post,
         )
         self._channels: tuple[Ranks, Ranks] | None = None
@@ -177,16 +190,23 @@ class CheckpointManager:
 
     @property
     def progress(self) -> Progress:
-        """How the saving stands, for a progress line: `bar.set_postfix_str(str(ckpt.progress))`.
-
-        Ranks: any, on any thread; returns at once.
-        """
+        """How the saving stands, on any thread; for a progress line: `bar.set_postfix_str(str(ckpt.progress))`."""
         return self._saver.progress
 
     @property
     def job(self) -> str:
         """The short name that this job has in its events."""
         return self._bulletin.job
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this job is to stop, as far as this rank knows now; once true, it stays so.
+
+        For long work between two steps, such as an evaluation, to end early. Ranks see it at different moments.
+
+        Ranks: any; asks the store one short question.
+        """
+        return self._boundary.is_stopping(self._ranks)
 
     @property
     def _ranks(self) -> Ranks:
@@ -223,17 +243,15 @@ class CheckpointManager:
 
         Ranks: any; reads the storage.
         """
-        for folder in reversed(catalog.scan(self._storage)):
-            found = catalog.committed(self._storage, [folder])
-            if found:
-                return found[0]
-        return None
+        folders = reversed(catalog.scan(self._storage))
+        return next((found[0] for folder in folders if (found := catalog.committed(self._storage, [folder]))), None)
 
     def steps(self, state: MutableMapping[str, Any], *, until: int) -> Iterator[int]:
         """Restore the newest good checkpoint, then yield each step that is still to be done.
 
         The body of the loop does one step; when it comes back here the step counts as completed on this rank.
-        A save is made when due and after the last step. After a signal the loop ends, with the step saved.
+        A save is made when due and after the last step. After a signal the loop ends, with the step saved; before the
+        first step, at once.
 
         Args:
             state: What to save and restore; see `save`.
@@ -246,9 +264,12 @@ class CheckpointManager:
         """
         self._owns = True
         done = self.restore(state)
+        if done < until and self._ranks.agree("start of the loop", lambda: self.stopping, any):
+            self._complete(done, state, stop=True)
+            return
         for step in range(done + 1, until + 1):
             yield step
-            if self._complete(step, state, None, last=step == until):
+            if self._complete(step, state, last=step == until):
                 return
         self.wait()
 
@@ -285,60 +306,45 @@ class CheckpointManager:
         Ranks: all (collective); blocks until every rank has loaded.
         """
         request = RestoreRequest(step=step, skip=skip, only=only, rng=self._rng, heal=step is None)
-        ranks = self._ranks
-        self._saver.settle()
-        if self._owns:
-            self._saver.own(ranks)
-        manifest = self._restorer.restore(state, request, storage=self._storage, ranks=ranks)
-        if self._owns:
-            self._saver.sweep()
-        done = 0 if manifest is None else manifest.step
-        self._pace.restart(done)
-        if manifest is not None:
-            self._saver.resume(manifest)
-            if ranks.rank == 0 and self._every.auto:
-                self._pace.ended_s = past_uptimes(self._storage)
+        done = self._restorer.restore(state, request, storage=self._storage, ranks=self._ranks, owns=self._owns)
         self._bulletin.deliver()
         return done
 
-    def step(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> bool:
+    def step(
+        self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, stop: bool = False
+    ) -> bool:
         """Say that `step` is completed: save if it is due, and return whether to leave the loop.
 
         Args:
             step: Optimizer steps completed.
             state: What to save; see `save`.
             metrics: What was measured at this step; "best" retention looks at it.
+            stop: Whether the ranks have agreed among themselves to stop at this step, as after a signal; the same on
+                all of them. With step 0 nothing is saved.
 
         Returns:
-            True once a signal has asked for a stop, all ranks have agreed on this step, and its save is committed.
+            True once a stop was asked for, all ranks agreed on this step, and it is saved, if there was time for that.
 
         Raises:
             As `save` and `wait` do, when a save or a stop is due.
 
         Ranks: all (collective), once after every step; blocks when a save or a stop is due.
         """
-        return self._complete(step, state, metrics, last=False)
+        return self._complete(step, state, metrics, stop=stop)
 
     def _complete(
-        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float] | None, *, last: bool
+        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float] | None = None, **due: bool
     ) -> bool:
-        """Do what is due after a step; a save that is the last one waits for the one in flight."""
-        ranks = self._ranks
-        self._pace.step_ended(world_size=ranks.world_size, tell=ranks.rank == 0)
+        """Do what is due after a step, as `Boundary.cross` is told; return whether to leave the loop."""
         self._restorer.state_is_used()
-        due = self._schedule.after(step, ranks, busy=self._saver.is_busy, last=last)
-        if due.stop:
-            self._bulletin.post(Preempted(step=step, signal=self._preemption.signal, left_s=None, choice="save now"))
-        if due.save:
-            busy = due.busy and not (due.stop or last)
-            self._saver.save(step, state, metrics, channels=self._open_channels(), busy=busy)
-        if due.stop:
-            self.wait()
+        channels = self._open_channels()
+        save = partial(self._saver.save, step, state, metrics, channels=channels)
+        leaves = self._boundary.cross(step, channels[0], save, **due)
+        if leaves:
             self.preempted = True
-            self._tenure.conclude("preempted", step=step)  # the time to say so at the end may be too short
+            self._saver.await_pruning()
         self._bulletin.deliver()
-        self._pace.step_begins(writing=self._saver.is_busy)
-        return due.stop
+        return leaves
 
     def prewarm(self, state: Mapping[str, Any]) -> int:
         """Plan and allocate now what the first save needs, so that it costs no more than the later ones.
@@ -435,7 +441,7 @@ class CheckpointManager:
             self._preemption.ignore()
             if isinstance(because, SystemExit) and not because.code:
                 because = None
-            reason = None if because is None else f"{type(because).__name__}: {because}".partition("\nFix:")[0]
+            reason = None if because is None else reason_of(because)
             step = self._saver.saved_step
             ending: Ending = "complete" if reason is None else "failed"
             self._tenure.end(ending, step=step, reason=reason)

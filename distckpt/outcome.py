@@ -58,6 +58,11 @@ class Outcome:
         )
 
 
+def reason_of(error: BaseException) -> str:
+    """Return an error as the reason of an end: what happened, without what to do about it."""
+    return f"{type(error).__name__}: {error}".partition("\nFix:")[0]
+
+
 def checked_moment(body: dict[str, Any], key: str) -> float:
     """Return the number under `key`.
 

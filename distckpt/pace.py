@@ -6,8 +6,10 @@ Invariant: with `every="auto"` nothing is due between the first save and the mom
 from __future__ import annotations
 
 import logging
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
 from distckpt import catalog
 from distckpt.errors import DistckptError
@@ -25,6 +27,8 @@ from distckpt.storage import Storage
 
 logger = logging.getLogger("distckpt")
 
+RECENT_STEPS = 64
+RECENT_SAVES = 8
 MOST_REMEMBERED = 8  # manifests that are read for a run's history: enough to tell hours from minutes
 
 
@@ -48,6 +52,9 @@ class Pace:
         self._mtbf_s = mtbf_s
         self._clock = clock
         self._estimator = Estimator()
+        self._steps_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._durables_s: deque[float] = deque(maxlen=RECENT_SAVES)
+        self._past_durable_s: float | None = None
         self._first_s: float | None = None
         self._step_since_s: float | None = None
         self._beside = False
@@ -55,6 +62,37 @@ class Pace:
         self._news: tuple[float, float] | None = None
         self._choice: Choice | None = None
         self._told: Choice | None = None
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the interval is chosen here."""
+        return self._every.auto
+
+    @property
+    def usual_durable_s(self) -> float | None:
+        """Seconds until a save is committed: the median of this process's recent ones, else what an older one took."""
+        recent = list(self._durables_s)  # a save may end on its thread meanwhile
+        return statistics.median_low(recent) if recent else self._past_durable_s
+
+    @property
+    def slow_durable_s(self) -> float | None:
+        """Seconds until a save is committed, of the slowest recent one."""
+        return max(list(self._durables_s), default=self._past_durable_s)
+
+    @property
+    def slow_step_s(self) -> float:
+        """Seconds of the slowest recent step; 0 before the first."""
+        return max(self._steps_s, default=0.0)
+
+    def recall(self, timings: Mapping[str, float]) -> None:
+        """Learn what the save took whose checkpoint was restored.
+
+        Args:
+            timings: Seconds that its parts took, as its manifest says.
+
+        Ranks: any.
+        """
+        self._past_durable_s = sum(timings.values()) if timings else self._past_durable_s
 
     def step_ended(self, *, world_size: int, tell: bool) -> None:
         """Take note that a step ended just now, and of the save that has been committed meanwhile.
@@ -65,9 +103,11 @@ class Pace:
 
         Ranks: any.
         """
+        now = self._clock()
+        if self._step_since_s is not None:
+            self._steps_s.append(now - self._step_since_s)
         if not self._every.auto:
             return
-        now = self._clock()
         if self._first_s is None:
             self._first_s = now
         if self._step_since_s is not None:
@@ -113,6 +153,7 @@ class Pace:
         Ranks: any.
         """
         self._news = stall_s, durable_s
+        self._durables_s.append(durable_s)
 
     def is_due(self, step: int, *, busy: bool) -> bool:
         """Say whether, by the clock, a save is due after `step`.

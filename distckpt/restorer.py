@@ -15,8 +15,10 @@ from distckpt.bulletin import Bulletin
 from distckpt.errors import UsageError
 from distckpt.events import Restored
 from distckpt.manifest import Manifest
+from distckpt.pace import Pace, past_uptimes
 from distckpt.ranks import Ranks
 from distckpt.restore import RestoreRequest, is_torn, restore
+from distckpt.saver import Saver
 from distckpt.storage import Storage
 
 logger = logging.getLogger("distckpt")
@@ -26,10 +28,14 @@ class Restorer:
     """Restores a run's state.
 
     Args:
+        saver: Makes the run's saves, which go on from what is restored.
+        pace: Is told from which step on the run goes on.
         bulletin: Is told of what is restored, and of what is found damaged.
     """
 
-    def __init__(self, *, bulletin: Bulletin) -> None:
+    def __init__(self, *, saver: Saver, pace: Pace, bulletin: Bulletin) -> None:
+        self._saver = saver
+        self._pace = pace
         self._bulletin = bulletin
         self._is_unused = True  # nothing has been restored, and no step done: the state is worth nothing yet
         self._is_torn = False
@@ -56,15 +62,41 @@ class Restorer:
             )
 
     def restore(
-        self, state: Mapping[str, Any], request: RestoreRequest, *, storage: Storage, ranks: Ranks
-    ) -> Manifest | None:
-        """Restore, and return the manifest of what was loaded; None on a fresh directory.
+        self, state: Mapping[str, Any], request: RestoreRequest, *, storage: Storage, ranks: Ranks, owns: bool
+    ) -> int:
+        """Restore, and return the step that the run goes on from; 0 on a fresh directory.
+
+        Args:
+            state: What to load into.
+            request: Which checkpoint, and which of its entries.
+            storage: The run's directory.
+            ranks: The channel of the training's thread.
+            owns: Whether this job is to own the directory.
 
         Raises:
-            As `restore.restore` does.
+            As `restore.restore` and `Saver.own` do.
 
         Ranks: all (collective); blocks until every rank has loaded.
         """
+        self._saver.settle()
+        if owns:
+            self._saver.own(ranks)
+        manifest = self._load(state, request, storage=storage, ranks=ranks)
+        if owns:
+            self._saver.sweep()
+        self._pace.restart(0 if manifest is None else manifest.step)
+        if manifest is None:
+            return 0
+        self._saver.resume(manifest)
+        self._pace.recall(manifest.timings)
+        if ranks.rank == 0 and self._pace.is_auto:
+            self._pace.ended_s = past_uptimes(storage)
+        return manifest.step
+
+    def _load(
+        self, state: Mapping[str, Any], request: RestoreRequest, *, storage: Storage, ranks: Ranks
+    ) -> Manifest | None:
+        """Load, tell of it, and return the manifest of what was loaded; None on a fresh directory."""
         fresh = request.step is None and self._is_unused
         request = replace(request, fresh=fresh, tell=self._bulletin.post)
         self._is_unused = False

@@ -89,9 +89,10 @@ class Saver:
         self._parent: dict[str, Json] | None = None
         self._resumed_from: int | None = None
         self._begun_step: int | None = None
+        self._begun_s = 0.0
         self._saved_step: int | None = None
         self._saved_at: float | None = None
-        self._in_flight: PreparedSave | None = None
+        self._under_way: PreparedSave | None = None
 
     @property
     def saved_step(self) -> int | None:
@@ -106,7 +107,7 @@ class Saver:
     @property
     def progress(self) -> Progress:
         """How the saving stands on this rank; may be asked on any thread."""
-        save, saved_at = self._in_flight, self._saved_at
+        save, saved_at = self._under_way, self._saved_at
         return Progress(
             saved_step=self._saved_step,
             saved_ago_s=None if saved_at is None else time.monotonic() - saved_at,
@@ -114,6 +115,13 @@ class Saver:
             saving_bytes=0 if save is None or save.staged is None else save.staged.plan.num_bytes,
             written_bytes=0 if save is None or save.staged is None else save.staged.num_taken,
         )
+
+    @property
+    def in_flight(self) -> tuple[int, float] | None:
+        """The step of the save in flight on this rank, and for how many seconds it has been; None if there is none."""
+        if self._begun_step is None or not self._writing.busy:
+            return None
+        return self._begun_step, time.monotonic() - self._begun_s
 
     def resume(self, manifest: Manifest) -> None:
         """Go on from a checkpoint: it is the parent of the next one, and is kept.
@@ -200,6 +208,7 @@ class Saver:
             return
         begun = time.monotonic()
         self.await_commit()
+        self._begun_s = time.monotonic()
         if step == self._saved_step:
             return
         self.own(ranks)
@@ -283,20 +292,20 @@ class Saver:
         Without `stall_s` the training stands still until it is committed.
         """
         step, writing_since = prepared.request.step, time.monotonic()
-        self._in_flight = prepared
+        self._under_way = prepared
         try:
             done = commit(prepared, ranks=ranks, storage=self.storage, insist=self._tenure.insist)
         except BaseException as error:
             self._tell(SaveFailed.of(error, step=step))
             raise
         finally:
-            self._in_flight = None
+            self._under_way = None
             self._pruner.release()
         now = time.monotonic()
         stall_s = now - begun if stall_s is None else stall_s
         self._saved_step, self._saved_at = step, now
         self._parent = {"step": step, "attempt": prepared.attempt}
-        self._pace.save_committed(stall_s=stall_s, durable_s=now - begun)
+        self._pace.save_committed(stall_s=stall_s, durable_s=now - self._begun_s)
         if done is None:
             return
         facts = catalog.describe(self.storage, done.manifest, folder=prepared.request.folder)

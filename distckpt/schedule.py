@@ -9,7 +9,7 @@ together are one meeting, never two that wait for each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distckpt.interval import Every
 from distckpt.pace import Pace
@@ -51,8 +51,23 @@ class Schedule:
         self._num_met = 0
         self._announced = False
         self._agreed: tuple[int, Due] | None = None
+        self._is_stopping = False
 
-    def after(self, step: int, ranks: Ranks, *, busy: bool, last: bool = False) -> Due:
+    def is_stopping(self, ranks: Ranks) -> bool:
+        """Say whether any rank was asked to stop, as far as this one knows now; once true, it stays so.
+
+        Args:
+            ranks: All ranks.
+
+        Ranks: any; asks the store one short question.
+        """
+        if not self._is_stopping:
+            if self._preemption.requested:
+                ranks.announce("stop", 1)
+            self._is_stopping = self._preemption.requested or ranks.announced("stop") is not None
+        return self._is_stopping
+
+    def after(self, step: int, ranks: Ranks, *, busy: bool, last: bool = False, stop: bool = False) -> Due:
         """Return what is due after `step`, the same on every rank.
 
         Args:
@@ -60,6 +75,7 @@ class Schedule:
             ranks: All ranks.
             busy: Whether a save is in flight on this rank.
             last: Whether no step follows: then a save is due.
+            stop: Whether a stop is due for a reason that all ranks know, and at which all of them are at this step.
 
         Raises:
             RankTimeoutError: Something may be due, and a rank did not come.
@@ -67,9 +83,9 @@ class Schedule:
         Ranks: all, once after every step; blocks only when something may be due.
         """
         if self._agreed is None:
-            counted = last or (self._every.steps is not None and step % self._every.steps == 0)
+            counted = last or stop or (self._every.steps is not None and step % self._every.steps == 0)
             if ranks.world_size == 1:
-                stop = self._preemption.requested
+                stop = stop or self._preemption.requested
                 return Due(save=counted or stop or self._pace.is_due(step, busy=busy), stop=stop, busy=busy)
             if not (counted or self._is_called(step, ranks, busy=busy)):
                 return Due()
@@ -78,10 +94,10 @@ class Schedule:
             self._agreed = verdict["step"], Due(save=True, stop=verdict["stop"], busy=verdict["busy"])
             self._num_met, self._announced = self._num_met + 1, False
         at, due = self._agreed
-        if step < at:
+        if step < at and not stop:
             return Due()
         self._agreed = None
-        return due
+        return replace(due, save=True, stop=True) if stop else due
 
     def _is_called(self, step: int, ranks: Ranks, *, busy: bool) -> bool:
         """Say whether a meeting has been announced, by `step` at the latest; announce one if it is wanted."""

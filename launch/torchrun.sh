@@ -11,8 +11,8 @@
 #   HEAD            name:port of one of the machines, reachable from all (needed when NNODES is not 1)
 #   JOB             a name that all machines of one job share (default: distckpt)
 #   MAX_RESTARTS    restarts after a rank has failed, each from the newest checkpoint (default 3)
-#   STOP_S          seconds that the ranks get to save the current step and end after SIGTERM or SIGINT (default 120;
-#                   a torch that does not know TORCH_ELASTIC_SHUTDOWN_TIMEOUT gives 30)
+#   STOP_S          seconds that the ranks get to save the current step and end after SIGTERM, SIGINT or SIGUSR1
+#                   (default 120; a torch that does not know TORCH_ELASTIC_SHUTDOWN_TIMEOUT gives 30)
 #   PYTHON          the Python of the environment (default: .venv/bin/python if there, or python3)
 #
 # The checkpoints' directory must be one that every machine reaches: shared storage or an s3:// URL.
@@ -34,6 +34,9 @@ if [[ -z ${NPROC_PER_NODE:-} ]]; then
     ((NPROC_PER_NODE > 0)) || NPROC_PER_NODE=2
 fi
 
+# The fifth one is what Slurm sends ahead of the end, if asked to (sbatch --signal=USR1@120). Torch reads either name.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+export TORCHELASTIC_SIGNALS_TO_HANDLE=$PET_SIGNALS_TO_HANDLE
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_S:-120}
 exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$NPROC_PER_NODE" \
     --max-restarts="${MAX_RESTARTS:-3}" train.py "$@"

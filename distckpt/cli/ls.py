@@ -8,6 +8,8 @@ JSON: {"url", "outcome", "checkpoints": [...]}.
 "outcome" is how the latest job that saved here stands, null if none said anything: "state" ("complete", "preempted",
 "failed", "running", or "unknown": it ended without a word), "host" and "pid" of its rank 0, "since" and "renewed" (when
 it began, and last gave a sign of life), and "step", "time" and "reason" of its end (null: it said nothing of it).
+A preempted one's "step" is what the next start goes on from, and its "reason" says what asked it to stop, how much time
+was left, and what was done in it.
 "checkpoints" come oldest step first, each with
 "step" (null: unknown), "path", "state" ("committed", "partial", "damaged" or "newer format"), "problem" (of a damaged
 or newer one, else null), "bytes" (of the data files; of all files if it is not committed), "modified" (the newest

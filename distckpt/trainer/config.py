@@ -130,6 +130,10 @@ class CheckpointConfig:
     """
     mtbf_s: float | None = None
     """Mean time between failures of the job, in seconds, for auto; null estimates it from the run's history."""
+    grace_s: float | None = None
+    """Seconds from a signal until the launcher kills; null for what torchrun says, where it forwarded the signal."""
+    ends_at: float | None = None
+    """When the allocation ends, in seconds since 1970; the run saves and stops in time. null for what Slurm says."""
     when_busy: Literal["wait", "skip", "raise"] = "wait"
     """What a save does while the one before is still being written; the last one of a run always waits."""
     keep: int | Retention = 3
@@ -232,14 +236,16 @@ def _rules(config: TrainConfig) -> Iterator[tuple[str, bool, str]]:
     yield "train.log_dir", train.log_dir is None or "://" not in train.log_dir, "a local folder"
     yield "checkpoint.directory", bool(checkpoint.directory), "a path or URL"
     yield "checkpoint.every", _is_every(checkpoint.every), "at least 1 step, a time such as 10min, auto, or null"
-    yield (
-        "checkpoint.mtbf_s",
-        checkpoint.mtbf_s is None or 0 < checkpoint.mtbf_s < float("inf"),
-        "more than 0 s, or null",
-    )
+    yield "checkpoint.mtbf_s", _is_time(checkpoint.mtbf_s), "more than 0 s, or null"
+    yield "checkpoint.grace_s", _is_time(checkpoint.grace_s), "more than 0 s, or null"
+    yield "checkpoint.ends_at", _is_time(checkpoint.ends_at), "a time in seconds since 1970, or null"
     keep = checkpoint.keep
     yield "checkpoint.keep", isinstance(keep, Retention) or keep >= 1, "at least 1"
     yield "checkpoint.timeout_s", 0 < checkpoint.timeout_s < float("inf"), "more than 0 s"
+
+
+def _is_time(value: float | None) -> bool:
+    return value is None or 0 < value < float("inf")
 
 
 def _is_every(every: int | str | None) -> bool:

@@ -20,6 +20,7 @@ from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode, v2
 
 from distckpt.errors import ConfigError
+from distckpt.manager import SIGNALS
 from distckpt.trainer.config import DataConfig
 from distckpt.trainer.order import Key, derive_seed
 
@@ -159,8 +160,8 @@ def leave_signals_to_parent(_worker: int) -> None:
 
     Ranks: any.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def download_images(config: DataConfig) -> None:

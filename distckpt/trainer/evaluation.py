@@ -6,7 +6,7 @@ numbers included.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +69,9 @@ def evaluate(
     precision: Precision,
     process: Process,
     sheet: Sheet | None = None,
-) -> Evaluation:
-    """Return how the model does on the test samples of all ranks together.
+    stopping: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Return how the model does on the test samples of all ranks together; None if it was broken off.
 
     Args:
         model: The model without DDP; its buffers become those of rank 0, as the next training step would have it.
@@ -79,18 +80,23 @@ def evaluate(
         precision: The number format of the forward passes.
         process: This rank.
         sheet: Picks the samples that say most, if given.
+        stopping: Says whether to break off; asked before each batch. If it says so on one rank, none has a result.
 
-    Ranks: all (collective); blocks until every rank has done its samples.
+    Ranks: all (collective); blocks until every rank has done its samples, or has broken off.
     """
     if process.world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
     tally = _Tally(num_classes, process)
     loss = torch.zeros((), dtype=torch.float64, device=process.device)
+    broken = torch.zeros((), dtype=torch.int64, device=process.device)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for images, labels in batches:
+            if stopping():
+                broken += 1
+                break
             with precision.autocast():
                 logits = model(images)
             loss += functional.cross_entropy(logits.float(), labels, reduction="none").double().sum()
@@ -102,6 +108,9 @@ def evaluate(
     tally.share()
     if process.world_size > 1:
         dist.all_reduce(loss)
+        dist.all_reduce(broken)
+    if broken.item():
+        return None
     num_samples, first, five = tally.by_class.tolist()
     total = sum(num_samples)
     return Evaluation(

@@ -111,6 +111,20 @@ class RunLog:
         self.close()
 
 
+def find_evaluation(folder: Path, step: int) -> dict[str, float] | None:
+    """Return the figures of the evaluation after a step, as a log holds them; None if it does not.
+
+    Ranks: any.
+    """
+    path = folder / LOG_NAME
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    for line in reversed(lines):
+        found = json.loads(line) if _step_of(line) == step else {}
+        if found.get("kind") == "eval":
+            return {name: value for name, value in found.items() if name.startswith("val/")}
+    return None
+
+
 def _json_value(value: Any) -> Any:
     """Return null for a number that JSON does not know."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

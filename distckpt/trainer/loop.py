@@ -33,7 +33,7 @@ from distckpt.trainer.datasets import Images, download_images, open_images
 from distckpt.trainer.evaluation import Evaluation, evaluate
 from distckpt.trainer.evaluation_file import write_evaluation
 from distckpt.trainer.history import changed_settings, find_past, recorded
-from distckpt.trainer.logs import RunLog
+from distckpt.trainer.logs import RunLog, find_evaluation
 from distckpt.trainer.meter import Meter
 from distckpt.trainer.optimization import apply_settings, check_device
 from distckpt.trainer.order import Plan
@@ -52,8 +52,8 @@ class FitResult:
         step: Optimizer steps completed, over all restarts.
         total_steps: Optimizer steps that the configuration asks for.
         metrics: The last evaluation's figures: "val/loss", "val/top1", "val/top5"; empty if there was none.
-        preempted: Whether the run was asked to stop, and did after saving.
-        complete: Whether all steps are done.
+        preempted: Whether the run was asked to stop, and did.
+        complete: Whether all steps are done, and their last evaluation.
         evaluation: The last evaluation of this process, by class; None if it made none.
         classes: The classes' names, by label.
     """
@@ -91,7 +91,8 @@ class Trainer:
         """Train until all steps are done or the job is asked to stop; goes on from the newest checkpoint.
 
         Under torchrun all ranks train together; alone, this process trains by itself.
-        On SIGTERM or SIGINT the current step is saved before it returns.
+        On SIGTERM, SIGINT or SIGUSR1 the current step is saved before it returns; an evaluation is broken off, and made
+        again by the next start.
 
         Raises:
             ConfigError: The settings do not fit this machine, the data, or the checkpoints in the directory.
@@ -162,6 +163,8 @@ def _manager(config: TrainConfig, images: Images, record: dict[str, Any], audien
         timeout_s=checkpoint.timeout_s,
         storage_options=checkpoint.storage_options,
         config=record,
+        grace_s=checkpoint.grace_s,
+        ends_at=checkpoint.ends_at,
         mtbf_s=checkpoint.mtbf_s,
         when_busy=checkpoint.when_busy,
         check_replicas=checkpoint.check_replicas,
@@ -204,21 +207,49 @@ class _Run:
         self.parts.position.step = done
         apply_settings(self.config.optimizer, self.parts.optimizer, self.parts.scheduler)
         total = self.plan.total_steps
-        if done >= total:
-            latest = self.manager.latest
-            self.metrics = dict(latest.metrics) if latest is not None else {}
+        self.metrics = self._past_metrics(done)
+        is_evaluated = bool(self.metrics) or not self._evaluates_after(done)
+        if done >= total and is_evaluated:
             self._say("complete: all %d steps of %d epochs are done", total, self.config.train.epochs)
             return self._result(done)
-        self._train(done)
+        if self.ranks.agree("start of the training", lambda: self.manager.stopping, any):
+            self.manager.step(done, self.parts.state(), stop=True)
+        else:
+            self._train(done, is_evaluated=is_evaluated)
         step = self.parts.position.step
-        if step < total:
-            self._say("preempted: saved step %d; run the same command to go on", step)
+        if self.manager.preempted:
+            self._say_preempted()
         else:
             self._say("complete: step %d, %s", step, _figures(self.metrics))
         return self._result(step)
 
-    def _train(self, done: int) -> None:
-        """Run the steps after `done` ones, until all are done and saved or the job is asked to stop."""
+    def _past_metrics(self, done: int) -> dict[str, float]:
+        """Return the figures of the evaluation after the step that was restored, the same on all ranks; {} if none.
+
+        A checkpoint has none if a signal came in its evaluation, which the next start makes again; that only logs them.
+        """
+
+        def look(_: list[None]) -> dict[str, float]:
+            latest = self.manager.latest
+            if not done or latest is None:
+                return {}
+            folder = log_folder(self.config.train.log_dir, self.config.checkpoint.directory)
+            return (dict(latest.metrics) if latest.step == done else {}) or find_evaluation(folder, done) or {}
+
+        metrics: dict[str, float] = self.ranks.agree("reading of the newest checkpoint's figures", lambda: None, look)
+        return metrics
+
+    def _say_preempted(self) -> None:
+        if self.process.is_first:
+            latest = self.manager.latest
+            saved = "nothing is saved" if latest is None else f"saved step {latest.step}"
+            self._say("preempted: %s; run the same command to go on", saved)
+
+    def _train(self, done: int, *, is_evaluated: bool) -> None:
+        """Run the steps after `done` ones, until all are done and saved or the job is asked to stop.
+
+        If the last of these was not evaluated when that was due, that comes first.
+        """
         with ExitStack() as stack:
             log = self._open_log(stack, done)
             meter = Meter(total=self.plan.total_steps, saving=lambda: self.manager.progress)
@@ -227,16 +258,27 @@ class _Run:
             batches = train_batches(self.parts, self.config, self.process)
             state = self.parts.state()
             rate = _Rate(self.plan, done)
+            if not is_evaluated and self._end_step(done, state, log):
+                return
             for step in range(done + 1, self.plan.total_steps + 1):
                 self._train_step(step, batches, log, meter, rate)
                 if step == done + 1 and self.config.checkpoint.background:
                     self.manager.prewarm(state)  # not before: optimizers make their state in their first step
-                metrics = self._evaluate(step, log)
-                if metrics and (self.saves_evaluated or step == self.plan.total_steps):
-                    self.manager.save(step, state, metrics=metrics)
-                if self.manager.step(step, state, metrics=metrics):
+                if self._end_step(step, state, log):
                     return
             self.manager.wait()  # while the last save can still be seen, and noted in the log
+
+    def _end_step(self, step: int, state: dict[str, Any], log: RunLog | None) -> bool:
+        """Evaluate and save after a step, if that is due; return whether to leave the loop."""
+        metrics = None
+        if self._evaluates_after(step):
+            metrics = self._evaluate(step, log)
+            if metrics is None:
+                return self.manager.step(step, state, stop=True)
+            if self.saves_evaluated or step == self.plan.total_steps:
+                self.manager.save(step, state, metrics=metrics)
+        # The run that has saved its last step is complete, whoever asks it to stop.
+        return step < self.plan.total_steps and self.manager.step(step, state, metrics=metrics)
 
     def _open_log(self, stack: ExitStack, done: int) -> RunLog | None:
         """Return rank 0's log, which `stack` closes; if it cannot be written, all ranks fail."""
@@ -305,20 +347,28 @@ class _Run:
         scaler.update()
         return total, norm
 
-    def _evaluate(self, step: int, log: RunLog | None) -> dict[str, float] | None:
-        """Evaluate if it is due after this step; return the metrics."""
+    def _evaluates_after(self, step: int) -> bool:
+        """Say whether an evaluation is due after this step."""
         epoch, rest = divmod(step, self.plan.steps_per_epoch)
-        if rest or (epoch % self.config.train.eval_every and step != self.plan.total_steps):
-            return None
-        self.evaluation = evaluate(
+        is_due = epoch % self.config.train.eval_every == 0 or step == self.plan.total_steps
+        return step > 0 and not rest and is_due
+
+    def _evaluate(self, step: int, log: RunLog | None) -> dict[str, float] | None:
+        """Evaluate after this step; return the metrics, or None if the job is asked to stop meanwhile."""
+        found = evaluate(
             self.parts.bare,
             self.test_loader,
             num_classes=len(self.parts.images.classes),
             precision=self.parts.precision,
             process=self.process,
             sheet=Sheet(self.parts.images, self.process),
+            stopping=lambda: self.manager.stopping,
         )
-        self.metrics = self.evaluation.metrics()
+        if found is None:
+            return None
+        self.evaluation = found
+        self.metrics = found.metrics()
+        epoch = step // self.plan.steps_per_epoch
         if log is not None:
             log.write("eval", step=step, values={"epoch": epoch, **self.metrics})
             write_evaluation(log.folder, self.evaluation, step=step, classes=self.parts.images.classes)
@@ -339,8 +389,8 @@ class _Run:
             step=step,
             total_steps=self.plan.total_steps,
             metrics=self.metrics,
-            preempted=step < self.plan.total_steps,
-            complete=step >= self.plan.total_steps,
+            preempted=self.manager.preempted,
+            complete=step >= self.plan.total_steps and not self.manager.preempted,
             evaluation=self.evaluation,
             classes=self.parts.images.classes,
         )

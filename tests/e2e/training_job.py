@@ -50,11 +50,36 @@ class TrainingJob:
         """What the job has printed."""
         return self.log.read_text(errors="replace")
 
-    def wait_until(self, holds: Callable[[], bool]) -> None:
-        """Return once a condition holds; fail if the job ends before."""
+    @property
+    def is_running(self) -> bool:
+        """Whether torchrun is there."""
+        return self._process.poll() is None
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return the ranks that are there, in their order."""
+        found = {}
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self._process.pid).children():
+                with suppress(psutil.NoSuchProcess):
+                    found[child.environ().get("RANK", "")] = child
+        return [found[rank] for rank in sorted(found) if rank]
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send torchrun a signal."""
+        self._process.send_signal(number)
+
+    def wait_for_end(self) -> str:
+        """Wait for the end, whatever it is, and return what the job printed."""
+        self._process.wait(END_TIMEOUT_S)
+        return self.output
+
+    def wait_until(self, holds: Callable[[], bool], *, or_end: bool = False) -> None:
+        """Return once a condition holds; fail if the job ends before, unless that will do, too."""
         deadline = time.monotonic() + END_TIMEOUT_S
         while not holds():
             code = self._process.poll()
+            if code is not None and or_end:
+                return
             if code is not None or time.monotonic() > deadline:
                 raise AssertionError(f"the job (exit code {code}) never came there:\n{self.output}")
             time.sleep(POLL_S)
@@ -70,8 +95,8 @@ class TrainingJob:
 
         torchrun's own exit code is 1 then, whatever its ranks do; it says so if it had to kill one.
         """
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(END_TIMEOUT_S)
+        self.signal(signal.SIGTERM)
+        self.wait_for_end()
         assert "SIGKILL" not in self.output, self.output
         return self.output
 

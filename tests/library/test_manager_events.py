@@ -282,7 +282,7 @@ def test_only_rank_0_tells_and_says_what_all_did(ranks: RankPools, tmp_path: Pat
     by_kind = {line["kind"]: line for line in told}
     assert by_kind["started"]["world_size"] == by_kind["saved"]["world_size"] == 2
     assert by_kind["preempted"]["step"] == by_kind["ended"]["step"] in (5, 6)
-    assert (by_kind["preempted"]["signal"], by_kind["ended"]["ending"]) == (None, "preempted")
+    assert (by_kind["preempted"]["signal"], by_kind["ended"]["ending"]) == ("SIGTERM", "preempted")
 
 
 # --- progress ---

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision import datasets
 
 from distckpt.errors import ConfigError
+from distckpt.manager import SIGNALS
 from distckpt.trainer.config import DataConfig
 from distckpt.trainer.datasets import (
     Images,
@@ -145,13 +146,14 @@ def test_a_rank_without_samples_gets_an_empty_batch() -> None:
 
 
 def test_workers_leave_the_signals_that_end_a_job_to_their_parent() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         leave_signals_to_parent(0)
-        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
+        assert signal.SIGUSR1 in SIGNALS
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_cifar10_is_read_from_its_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

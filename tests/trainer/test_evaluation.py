@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -27,7 +27,9 @@ def model() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, NUM_CLASSES))
 
 
-def evaluated(trained: nn.Module, process: Process, *, batch_size: int) -> Evaluation:
+def evaluated(
+    trained: nn.Module, process: Process, *, batch_size: int, stopping: Callable[[], bool] = lambda: False
+) -> Evaluation | None:
     images, labels = samples()
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -35,10 +37,38 @@ def evaluated(trained: nn.Module, process: Process, *, batch_size: int) -> Evalu
             yield images[indices], labels[indices]
 
     precision = Precision("fp32", process.device)
-    return evaluate(trained, batches(), num_classes=NUM_CLASSES, precision=precision, process=process)
+    return evaluate(
+        trained, batches(), num_classes=NUM_CLASSES, precision=precision, process=process, stopping=stopping
+    )
 
 
-def evaluate_on_ranks() -> tuple[Evaluation, bool, bool]:
+def break_off(stopped: int, after: int) -> tuple[Evaluation | None, int]:
+    """Let one rank be told to stop after so many batches; return its result, and how often this rank asked."""
+    with joined() as process:
+        num_asked = 0
+
+        def stopping() -> bool:
+            nonlocal num_asked
+            num_asked += 1
+            return process.rank == stopped and num_asked > after
+
+        return evaluated(model(), process, batch_size=6, stopping=stopping), num_asked
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_an_evaluation_that_one_rank_breaks_off_has_no_result_on_any(ranks: RankPools, stopped: int) -> None:
+    found = ranks(2).run(break_off, stopped, 2)
+    assert [result for result, _ in found] == [None, None]
+    assert found[stopped][1] == 3
+
+
+def test_an_evaluation_that_nobody_breaks_off_asks_before_each_batch(ranks: RankPools) -> None:
+    for result, num_asked in ranks(2).run(break_off, 0, 1000):
+        assert result is not None
+        assert num_asked == 5
+
+
+def evaluate_on_ranks() -> tuple[Evaluation | None, bool, bool]:
     """Return the evaluation, whether the random numbers are as before, and whether the model still trains."""
     with joined() as process:
         trained = model()
@@ -111,4 +141,5 @@ def test_fewer_than_five_classes_have_a_top_5_of_one() -> None:
     found = evaluate(
         nn.Linear(4, 3), batches, num_classes=3, precision=Precision("fp32", process.device), process=process
     )
+    assert found is not None
     assert found.top5 == 1

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distckpt.errors import StorageError
 from distckpt.logfolder import LOG_NAME, log_folder
-from distckpt.trainer.logs import RunLog
+from distckpt.trainer.logs import RunLog, find_evaluation
 
 
 def write(folder: Path, *, done: int, to: int) -> None:
@@ -75,3 +75,16 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"could not write .*log\.jsonl.*\nFix: .*--train\.log_dir DIR"):
         RunLog(tmp_path / "file" / "folder", done=0)
+
+
+def test_the_figures_of_an_evaluation_are_found_by_its_step(tmp_path: Path) -> None:
+    assert find_evaluation(tmp_path, 2) is None
+    write(tmp_path, done=0, to=5)
+    with (tmp_path / LOG_NAME).open("a") as log:
+        log.write('{"kind": "eval", "step": 6, "val/to')
+    assert [find_evaluation(tmp_path, step) for step in (2, 3, 4, 6)] == [
+        {"val/top1": 2 / 7},
+        None,
+        {"val/top1": 4 / 7},
+        None,
+    ]

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import distckpt
 from distckpt.catalog import locate
 from distckpt.errors import CheckpointNotFoundError, ConfigError, RankFailedError
+from distckpt.leasefiles import standing
 from distckpt.logfolder import EVALUATION_NAME, LOG_NAME
 from distckpt.retention import Retention
 from distckpt.storage import open_storage
@@ -58,6 +59,12 @@ def fit(config: TrainConfig, *, stop_after: int | None = None) -> FitResult:
     if stop_after is not None and rank == world_size - 1:
         threading.Thread(target=ask_to_stop, args=(config, stop_after), daemon=True).start()
     return Trainer(config).fit()
+
+
+def fit_and_be_asked_at_once(config: TrainConfig) -> FitResult:
+    """Train on this rank; the allocation ends so soon that not one step is worth beginning."""
+    ends_soon = dataclasses.replace(config.checkpoint, ends_at=time.time() + 5)
+    return Trainer(dataclasses.replace(config, checkpoint=ends_soon)).fit()
 
 
 def ask_to_stop(config: TrainConfig, stop_after: int) -> None:
@@ -139,6 +146,50 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(
     second = ranks(num_ranks).run(fit, config(resumed))
     assert all(result.complete and result.step == 28 for result in second)
     assert_equal_to_the_bit(whole, resumed, 28)
+
+
+LONG_EVALUATION = dataclasses.replace(SMALL, num_test=3000)
+
+
+def evaluated_steps(directory: Path) -> list[int]:
+    lines = [json.loads(line) for line in (directory / LOG_NAME).read_text().splitlines()]
+    return [line["step"] for line in lines if line["kind"] == "eval"]
+
+
+@pytest.mark.parametrize("at", [4, 8], ids=["in the middle", "at the end"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_evaluation_is_broken_off_on_request_and_made_again(
+    num_ranks: int, at: int, ranks: RankPools, tmp_path: Path
+) -> None:
+    def train(directory: Path, **options: Any) -> list[FitResult]:
+        made = small(directory, data=LONG_EVALUATION)
+        return ranks(num_ranks).run(fit, made, **options)
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    undisturbed = train(whole)
+    for result in train(resumed, stop_after=at):
+        assert (result.step, result.preempted, result.complete, result.metrics) == (at, True, False, {})
+    assert evaluated_steps(resumed) == [4][: at // 8]
+    assert standing(open_storage(resumed)).state == "preempted"  # type: ignore[union-attr]
+    for result in train(resumed):
+        assert (result.step, result.preempted, result.complete) == (8, False, True)
+        assert result.metrics == undisturbed[0].metrics
+    assert_equal_to_the_bit(whole, resumed, 8)
+    assert standing(open_storage(resumed)).state == "complete"  # type: ignore[union-attr]
+    assert all(result.metrics == undisturbed[0].metrics for result in train(resumed)), (
+        "the log has them, if nobody else"
+    )
+    assert evaluated_steps(resumed) == [4, 8]
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_that_is_preempted(ranks: RankPools, tmp_path: Path) -> None:
+    for done in (0, 8):
+        for result in ranks(2).run(fit_and_be_asked_at_once, small(tmp_path, epochs=3)):
+            assert (result.step, result.preempted, result.complete) == (done, True, False)
+        assert standing(open_storage(tmp_path)).state == "preempted"  # type: ignore[union-attr]
+        assert not done or locate(open_storage(tmp_path))[1].step == done
+        ranks(2).run(fit, small(tmp_path, epochs=2))
+    assert ranks(2).run(fit, small(tmp_path, epochs=3))[0].complete
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(ranks: RankPools, tmp_path: Path) -> None:
