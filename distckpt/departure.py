@@ -73,11 +73,11 @@ class Departure:
         self._tell(Preempted(step=step, signal=verdict["signal"], left_s=verdict["left_s"], choice=reason))
         try:
             if way == "finish":
-                self._finish()
+                self._finish(ranks)
                 verdict = self._agreed(step, ranks)
                 way, reason = verdict["way"], verdict["words"]
             if way == "save":
-                self._finish()
+                self._finish(ranks)
                 save()
                 self._saver.await_commit()
         except BaseException as error:
@@ -85,12 +85,13 @@ class Departure:
             raise
         self._tenure.conclude("preempted", step=self._saver.saved_step, reason=reason)
 
-    def _finish(self) -> None:
+    def _finish(self, ranks: Ranks) -> None:
         """Wait for the save in flight; its failure is no reason not to make another one."""
         try:
             self._saver.await_commit()
         except DistckptError as error:
-            logger.warning("a save before the last one failed: %s", error)
+            if ranks.rank == 0:
+                logger.warning("a save before the last one failed: %s", error)
 
     def _agreed(self, step: int, ranks: Ranks) -> dict[str, Any]:
         """Return what all ranks do now, and why, as `_verdict` says; rank 0 logs that."""

@@ -152,6 +152,7 @@ def reset_process(request: Request, started_in: Mapping[str, str]) -> None:
         elif os.environ.get(name) != value:
             os.environ[name] = value
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     random.seed(0)
     np.random.seed(0)

@@ -1,4 +1,7 @@
-"""Trainings that are asked to stop at any moment lose no step, say how they ended, and end as if undisturbed."""
+"""Trainings that are asked to stop at any moment lose no step, say how they ended, and end as if undisturbed.
+
+Under torchrun, and so long; a sample of this without torchrun is in every test run, beside the trainer's tests.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,8 @@ def assert_ends_as_if_undisturbed(run: Path, undisturbed: Path) -> None:
     assert diff.returncode == 0, diff.stdout + diff.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_requests_of_all_kinds_lose_no_step(undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     requests = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
@@ -88,6 +89,10 @@ def test_sigterm_in_the_middle_of_an_epoch_saves_that_step_and_ends_cleanly(undi
     assert 50 <= stopped < TOTAL
     assert f"preempted: saved step {stopped}" in said
     assert (run / f"step-{stopped:012d}" / "manifest.json").exists()
+    said_of_it = json.loads(distckpt("ls", str(run), "--json").stdout)["outcome"]
+    assert (said_of_it["state"], said_of_it["step"]) == ("preempted", stopped)
+    assert "SIGTERM" in said_of_it["reason"]
+    assert "s left, a save takes" in said_of_it["reason"], "torchrun's grace is known"
     train(settings(run), tmp_path)
     assert_same_end(run, undisturbed)
 
