@@ -28,7 +28,7 @@ GRACE_S = 30.0
 
 def training(directory: Path) -> TrainConfig:
     """Return a training of 4 epochs; an evaluation takes about as long as the steps between two of them."""
-    data = dataclasses.replace(LONG_EVALUATION, num_train=7 * STEPS_PER_EPOCH)
+    data = dataclasses.replace(LONG_EVALUATION, num_train=7 * STEPS_PER_EPOCH, num_test=500)
     plain = small(directory, data=data, epochs=TOTAL // STEPS_PER_EPOCH)
     return dataclasses.replace(plain, checkpoint=dataclasses.replace(plain.checkpoint, every=3, grace_s=GRACE_S))
 
