@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_the_log_and_the_outcome_say_what_was_chosen_and_why(tmp_path: Path, cap
     assert (state, step) == ("preempted", 7)
     [line] = [record.getMessage() for record in caplog.records if "asked to stop" in record.getMessage()]
     assert line == f"asked to stop: {reason}"
-    assert line.startswith("asked to stop: SIGTERM, 0.")
+    assert line.startswith("asked to stop: SIGTERM, ")
     assert line.endswith("s left, a save takes 2.0 s: saving step 7")
 
 
@@ -97,7 +98,7 @@ def test_a_save_in_flight_is_finished_where_there_is_no_time_for_another(tmp_pat
     assert steps_in(tmp_path) == [4]
     state, step, reason = said[0]
     assert (state, step) == ("preempted", None)
-    assert "that of step 4 began 0." in reason
+    assert "that of step 4 began " in reason
     assert reason.endswith(": finishing the save of step 4; steps 5 to 6 only if time is left then")
     state, step, reason = outcome(tmp_path)
     assert (state, step) == ("preempted", 4)
@@ -187,8 +188,8 @@ def test_a_run_stops_by_itself_before_its_allocation_ends(tmp_path: Path):
     assert (recorder.step, steps_in(tmp_path)) == (7, [7])
     state, step, reason = outcome(tmp_path)
     assert (state, step) == ("preempted", 7)
-    assert reason.startswith("the end of the allocation is near, 0.0 s ago on rank 0; 3599.")
-    assert reason.endswith("a save takes 1200.0 s: saving step 7")
+    expected = "the end of the allocation is near, # s ago on rank 0; # s left, a save takes # s: saving step 7"
+    assert re.sub(r"\d+\.\d", "#", reason) == expected
 
 
 def test_the_end_that_slurm_tells_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
