@@ -6,11 +6,13 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from distckpt import catalog
 from distckpt.arguments import check_above_zero, check_choice
+from distckpt.branches import Home
 from distckpt.bulletin import Bulletin
 from distckpt.catalog import Checkpoint
 from distckpt.errors import DistckptError, UsageError
@@ -23,12 +25,11 @@ from distckpt.pace import Pace, past_uptimes
 from distckpt.preemption import Preemption
 from distckpt.progress import Progress
 from distckpt.ranks import Ranks
-from distckpt.restore import RestoreRequest
+from distckpt.restore import RestoreRequest, branch_off, warn_of_newer
 from distckpt.restorer import Restorer
 from distckpt.retention import Retention
 from distckpt.saver import Saver, WhenBusy
 from distckpt.schedule import Schedule
-from distckpt.storage import open_storage
 from distckpt.tenure import Tenure
 from distckpt.values import Json
 
@@ -84,6 +85,9 @@ class CheckpointManager:
             part, about 1 MB, on the thread that writes.
         check_finite: What happens if parameters or optimizer states hold NaN or infinities: "warn", not to save it
             ("error"), or nothing is looked at ("off"). The thread that writes looks at all that it writes.
+        at: The step of the checkpoint that a new branch goes on from; restarts may leave it out.
+        branch: Go on in the branch of this name, which has a directory of its own below `directory`, `branches/<name>`,
+            and leaves all else there as it is. Its first restore makes it, and loads the checkpoint of step `at`.
         callbacks: What is told of each event, on rank 0, by this thread: functions of one `distckpt.events.Event`,
             called at the end of each method here; one that raises is logged and dropped. See docs/events.md.
 
@@ -113,6 +117,8 @@ class CheckpointManager:
         overlap: bool = True,
         check_replicas: Mode = "warn",
         check_finite: Mode = "warn",
+        at: int | None = None,
+        branch: str | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         owner = type(self).__name__
@@ -121,9 +127,10 @@ class CheckpointManager:
         check_choice(owner, WhenBusy, when_busy=when_busy)
         check_choice(owner, Mode, check_replicas=check_replicas, check_finite=check_finite)
         self.preempted = False
-        self._storage = open_storage(directory, storage_options=storage_options)
+        self._home = Home(directory, at=at, branch=branch, storage_options=storage_options)
+        self._storage = self._home.storage
         self._every = Every.of(every)
-        self._owns = self._every != Every()  # who saves by itself is no reader
+        self._owns = self._every != Every() or self._home.is_named  # who saves by itself is no reader
         self._timeout_s = timeout_s
         self._rng = rng
         self._preemption = Preemption(signals)
@@ -131,7 +138,7 @@ class CheckpointManager:
         self._schedule = Schedule(self._every, pace=self._pace, preemption=self._preemption)
         self._tenure = Tenure(timeout_s=timeout_s)
         self._bulletin = Bulletin(callbacks)
-        self._restorer = Restorer(bulletin=self._bulletin)
+        self._restorer = Restorer(bulletin=self._bulletin, is_branch=self._home.is_named)
         self._saver = Saver(
             self._storage,
             retention=Retention.of(keep),
@@ -216,18 +223,14 @@ class CheckpointManager:
 
     @property
     def latest(self) -> Checkpoint | None:
-        """The newest committed checkpoint; None if there is none.
+        """The newest committed checkpoint, of a branch without one what it went off from; None if there is none.
 
         Raises:
             StorageError: The directory could not be read.
 
         Ranks: any; reads the storage.
         """
-        for folder in reversed(catalog.scan(self._storage)):
-            found = catalog.committed(self._storage, [folder])
-            if found:
-                return found[0]
-        return None
+        return self._home.newest()
 
     def steps(self, state: MutableMapping[str, Any], *, until: int) -> Iterator[int]:
         """Restore the newest good checkpoint, then yield each step that is still to be done.
@@ -277,6 +280,7 @@ class CheckpointManager:
             StateMismatchError: The checkpoint does not fit; the state is as it was.
             CheckpointDamagedError: There are checkpoints, but no good one.
             CheckpointNotFoundError: The step that was asked for is not there.
+            ConfigError: There is no such branch, or it went off from another step.
             DirectoryBusyError: This manager saves by itself, and another job owns the directory.
             RankFailedError: A rank failed.
             RankTimeoutError: A rank did not come.
@@ -287,11 +291,13 @@ class CheckpointManager:
         request = RestoreRequest(step=step, skip=skip, only=only, rng=self._rng, heal=step is None)
         ranks = self._ranks
         self._saver.settle()
-        if self._owns:
-            self._saver.own(ranks)
-        manifest = self._restorer.restore(state, request, storage=self._storage, ranks=ranks)
+        own = partial(self._saver.own, ranks) if self._owns else None
+        origin = branch_off(self._home, own=own, ranks=ranks)
+        manifest = self._restorer.restore(state, request, storage=self._storage, ranks=ranks, origin=origin)
         if self._owns:
             self._saver.sweep()
+            if step is not None:
+                warn_of_newer(step, storage=self._storage, ranks=ranks)
         done = 0 if manifest is None else manifest.step
         self._pace.restart(done)
         if manifest is not None:
@@ -330,6 +336,7 @@ class CheckpointManager:
         if due.stop:
             self._bulletin.post(Preempted(step=step, signal=self._preemption.signal, left_s=None, choice="save now"))
         if due.save:
+            self._restorer.insist_whole()
             busy = due.busy and not (due.stop or last)
             self._saver.save(step, state, metrics, channels=self._open_channels(), busy=busy)
         if due.stop:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from distckpt.branches import Origin
 from distckpt.bulletin import Bulletin
 from distckpt.errors import UsageError
 from distckpt.events import Restored
@@ -27,10 +28,12 @@ class Restorer:
 
     Args:
         bulletin: Is told of what is restored, and of what is found damaged.
+        is_branch: Whether nothing may be saved before something was restored.
     """
 
-    def __init__(self, *, bulletin: Bulletin) -> None:
+    def __init__(self, *, bulletin: Bulletin, is_branch: bool = False) -> None:
         self._bulletin = bulletin
+        self._has_begun = not is_branch
         self._is_unused = True  # nothing has been restored, and no step done: the state is worth nothing yet
         self._is_torn = False
 
@@ -45,7 +48,7 @@ class Restorer:
         """Make sure that the state may be saved.
 
         Raises:
-            UsageError: It holds parts of a checkpoint that failed to load.
+            UsageError: It holds parts of a checkpoint that failed to load, or was never restored and has to be.
 
         Ranks: any.
         """
@@ -54,11 +57,27 @@ class Restorer:
                 problem="the state holds parts of a checkpoint that failed to load, and is not saved",
                 fix="restore a whole one, or build the state anew and make a new CheckpointManager",
             )
+        if not self._has_begun:
+            problem = "a branch goes on from a checkpoint, and nothing was restored"
+            raise UsageError(problem=problem, fix="done = ckpt.restore(state) before the first save")
 
     def restore(
-        self, state: Mapping[str, Any], request: RestoreRequest, *, storage: Storage, ranks: Ranks
+        self,
+        state: Mapping[str, Any],
+        request: RestoreRequest,
+        *,
+        storage: Storage,
+        ranks: Ranks,
+        origin: Origin | None = None,
     ) -> Manifest | None:
         """Restore, and return the manifest of what was loaded; None on a fresh directory.
+
+        Args:
+            state: What to load into.
+            request: What to load.
+            storage: The run's directory, or its branch's.
+            ranks: All ranks.
+            origin: What the branch went off from.
 
         Raises:
             As `restore.restore` does.
@@ -67,10 +86,10 @@ class Restorer:
         """
         fresh = request.step is None and self._is_unused
         request = replace(request, fresh=fresh, tell=self._bulletin.post)
-        self._is_unused = False
+        self._is_unused, self._has_begun = False, True
         begun = time.monotonic()
         try:
-            loaded = restore(state, request, storage=storage, ranks=ranks)
+            loaded = restore(state, request, storage=storage, ranks=ranks, origin=origin)
         except BaseException as error:
             self._is_torn = self._is_torn or is_torn(error)
             raise

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from distckpt import catalog, names
+from distckpt import catalog, names, verification
 from distckpt.checksum import digest
 from distckpt.errors import (
     CheckpointDamagedError,
@@ -161,8 +161,8 @@ def _nameless(manifest: Manifest) -> bytes:
     return serialize(replace(manifest, files=files))
 
 
-def _wrong(place: Place, manifest: Manifest) -> Iterator[catalog.Problem]:
-    return catalog.wrong_sizes(place.sizes(), manifest)
+def _wrong(place: Place, manifest: Manifest) -> Iterator[verification.Problem]:
+    return verification.wrong_sizes(place.sizes(), manifest)
 
 
 def _usable(target: Place, manifest: Manifest) -> dict[str, str]:

@@ -1,14 +1,15 @@
 """`distckpt ls URL`: what a run's directory holds.
 
 With `--keep N` also what retention would do with each, and why (a running job also keeps the one that it resumed from,
-which cannot be seen here); with `--tree` by lineage: each checkpoint below the one
-that its run went on from.
+which cannot be seen here); with `--tree` by lineage: each checkpoint below the one that its run went on from, those of
+the run's branches among them.
 
-JSON: {"url", "outcome", "checkpoints": [...]}.
+JSON: {"url", "outcome", "branches": [...], "checkpoints": [...]}.
 "outcome" is how the latest job that saved here stands, null if none said anything: "state" ("complete", "preempted",
 "failed", "running", or "unknown": it ended without a word), "host" and "pid" of its rank 0, "since" and "renewed" (when
 it began, and last gave a sign of life), and "step", "time" and "reason" of its end (null: it said nothing of it).
-"checkpoints" come oldest step first, each with
+"branches" are those that went off from checkpoints of the run itself, each with "name", "path" and "step" (where).
+"checkpoints" come oldest step first, with --tree also those of branches, each with "branch" (null: the run itself),
 "step" (null: unknown), "path", "state" ("committed", "partial", "damaged" or "newer format"), "problem" (of a damaged
 or newer one, else null), "bytes" (of the data files; of all files if it is not committed), "modified" (the newest
 file's time, null: unknown), "pinned"; null unless it is committed, "created", "world_size", "layout",
@@ -56,25 +57,45 @@ def ls(
 ) -> None:
     """List the checkpoints of a run: one line each, also for partial and damaged ones."""
     storage = open_url(url, storage_options)
-    found = inventory.take(storage, brief=True)
+    found = inventory.take(storage, brief=True, branches=tree)
+    found.sort(key=lambda one: -1 if one.step is None else one.step)
     retention = None if keep is None else Retention(last=keep)
     plan = [None for _ in found] if retention is None else _plan(found, retention)
     if as_json:
         listed = [_facts(storage.url, one, item) for one, item in zip(found, plan, strict=True)]
-        terminal.print_json({"url": storage.url, "outcome": _outcome(storage), "checkpoints": listed})
+        facts = {"url": storage.url, "outcome": _outcome(storage), "branches": _branches(storage.url, found)}
+        terminal.print_json({**facts, "checkpoints": listed})
         return
     _print_table(found, plan, tree=tree)
     _print_summary(url, found)
+    _print_branches(url, _branches(storage.url, found), tree=tree)
     _print_outcome(_outcome(storage))
 
 
 def _plan(found: list[Found], retention: Retention) -> list[Item | None]:
-    return [*make_plan(found, retention, partial=False, now=time.time())]
+    """Return what would happen to each; every branch has a retention of its own."""
+    plan: dict[int, Item] = {}
+    for branch in {one.branch for one in found}:
+        own = [one for one in found if one.branch == branch]
+        for item in make_plan(own, retention, partial=False, now=time.time()):
+            plan[id(item.found)] = item
+    return [plan[id(one)] for one in found]
+
+
+def _branches(url: str, found: list[Found]) -> list[dict[str, Any]]:
+    """Return the branches that went off from the run itself."""
+    return [
+        {"name": name, "path": names.join(url, names.branch_folder(name)), "step": one.step}
+        for one in found
+        if one.folder is not None and not one.branch
+        for name in one.folder.branches
+    ]
 
 
 def _facts(url: str, found: Found, item: Item | None) -> dict[str, Any]:
     checkpoint = found.checkpoint
     return {
+        "branch": found.branch or None,
         "step": found.step,
         "path": names.join(url, found.name),
         "state": found.state,
@@ -109,6 +130,13 @@ def _outcome(storage: Storage) -> dict[str, Any] | None:
         "time": said and said.time,
         "reason": said and said.reason,
     }
+
+
+def _print_branches(url: str, branches: list[dict[str, Any]], *, tree: bool) -> None:
+    """Say which branches there are."""
+    for branch in branches:
+        more = "" if tree else f": distckpt ls {url} --tree"
+        terminal.say(f"branch {branch['name']} went off from step {branch['step']:,}{more}")
 
 
 def _print_outcome(outcome: dict[str, Any] | None) -> None:

@@ -99,7 +99,7 @@ def prune(
 ) -> None:
     """Show which checkpoints of a run would go, and why the others stay; with --yes, delete.
 
-    The newest committed checkpoint always stays, and so do pinned ones.
+    The newest committed checkpoint always stays, and so do pinned ones, and those that a branch went off from.
     """
     retention = _retention(last=last, best=best, metric=metric, mode=mode, every=every, within_s=within_s)
     if retention is None and not partial:
@@ -159,7 +159,9 @@ def make_plan(found: list[Found], retention: Retention | None, *, partial: bool,
     """
     committed = [one.checkpoint for one in found if one.checkpoint is not None]
     pinned = [one.step for one in found if one.pinned and one.step is not None]
-    decisions = {} if retention is None else {d.step: d for d in decide(committed, retention, now=now, pinned=pinned)}
+    branches = catalog.branched(one.folder for one in found if one.folder is not None)
+    decided = [] if retention is None else decide(committed, retention, now=now, pinned=pinned, branches=branches)
+    decisions = {decision.step: decision for decision in decided}
     newest = max((checkpoint.step for checkpoint in committed), default=-1)
     plan = []
     for one in found:

@@ -27,12 +27,8 @@ def show(url: Url, *, step: Step = None, as_json: AsJson = False, storage_option
     try:
         folder, manifest = catalog.locate(storage, step=step)
     except CheckpointNotFoundError:
-        found = take(storage)  # if there is nothing at all, this says what there is instead
-        if step is None:
-            raise
-        steps = ", ".join(f"{one.step}" for one in found if one.checkpoint)
-        reason = f"of step {step} there is none; committed are {steps or 'none'}"
-        raise CheckpointNotFoundError(path=storage.url, reason=reason) from None
+        take(storage)  # if there is nothing at all, this says what there is instead
+        raise
     path = names.join(storage.url, folder)
     is_pinned = any(file.name.endswith(names.PIN) for file in storage.list(folder))
     if as_json:
