@@ -19,6 +19,7 @@ file's time, null: unknown), "pinned"; null unless it is committed, "created", "
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from distckpt.cli import terminal
 from distckpt.cli.lineage import lines_of
 from distckpt.cli.options import AsJson, StorageOptions, Url, open_url
 from distckpt.cli.prune import Item, make_plan
+from distckpt.cli.tables import Row, print_table
 from distckpt.inventory import Found
 from distckpt.leasefiles import standing
 from distckpt.retention import Retention
@@ -163,9 +165,7 @@ def _print_table(found: list[Found], plan: Sequence[Item | None], *, tree: bool)
     if has_plan:
         columns.insert(2, "retention")
     right = ["created", "size", "ranks"] if tree else ["step", "created", "size", "ranks"]
-    table = terminal.make_table(columns, right=right)
-    for column in table.columns[:-1]:
-        column.no_wrap = True
+    rows = []
     for index, guide, note in lines_of(found) if tree else [(index, "", "") for index in range(len(found))]:
         one, item = found[index], plan[index]
         state = Text(one.state, _STYLES[one.state])
@@ -183,8 +183,9 @@ def _print_table(found: list[Found], plan: Sequence[Item | None], *, tree: bool)
         ]
         if has_plan:
             cells.insert(2, _retention_text(item))
-        table.add_row(*cells, style="" if facts else "dim")
-    terminal.output().print(table)
+        rows.append(Row(cells=cells, style="" if facts else "dim"))
+    print_table(columns, rows, right=right, fixed=-1)
+    sys.stdout.flush()
 
 
 def _retention_text(item: Item | None) -> Any:

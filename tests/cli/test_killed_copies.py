@@ -11,20 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fault_proxy import FaultProxy
 
 import distckpt
 from distckpt import catalog, verification
 from distckpt.storage import open_storage
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
-
-from fault_proxy import FaultProxy
 
 MIB = 1 << 20
 WAIT_S = 300.0
@@ -47,7 +45,8 @@ def killed_once(process: subprocess.Popen[str], *, is_time: Callable[[], bool]) 
     """Kill a copy once it is time; it must not have ended before."""
     deadline = time.monotonic() + WAIT_S
     while not is_time():
-        assert process.poll() is None, process.communicate()
+        with suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"it ended with {process.wait(0.02)}: {process.communicate()}")
         assert time.monotonic() < deadline
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=WAIT_S)
@@ -106,13 +105,6 @@ def check_s3(folder: Path, num_bytes: int, url: str, proxy: FaultProxy) -> None:
     assert is_whole(url)
 
 
-@pytest.fixture
-def proxied(s3_server: Any, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    with FaultProxy(s3_server.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        yield proxy
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="the kernel does not count")  # noqa: PTH110
 def test_a_killed_local_copy_is_gone_on_with(tmp_path: Path) -> None:
     check_local(tmp_path, 256 * MIB)
@@ -123,10 +115,12 @@ def test_a_killed_upload_is_gone_on_with(tmp_path: Path, s3_bucket: str, proxied
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_local_copy_of_a_gigabyte_is_gone_on_with(tmp_path: Path) -> None:
     check_local(tmp_path, 1000 * MIB)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_upload_of_a_gigabyte_is_gone_on_with(tmp_path: Path, s3_bucket: str, proxied: FaultProxy) -> None:
     check_s3(tmp_path, 1000 * MIB, f"s3://{s3_bucket}/run", proxied)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import FaultProxy
 
 import distckpt
 from distckpt import catalog, inventory
@@ -293,6 +294,24 @@ def test_requests_on_s3_grow_by_one_for_each_checkpoint(run: Path, s3_bucket: st
         verbs = ("list", "read", "read_all")
         counts.append(sum(storage.counted(verb).num_calls for verb in verbs))
     assert counts[1] - counts[0] == 2
+
+
+def test_the_command_asks_the_server_once_for_each_checkpoint(
+    run: Path, s3_bucket: str, proxied: FaultProxy, command: Command
+) -> None:
+    url, counts = f"s3://{s3_bucket}/run", []
+    manifest = catalog.read_manifest(open_storage(run), "step-000000000030")
+    storage = open_storage(url)
+    for step in range(1, 31):
+        body = serialize(replace(manifest, step=step, attempt=f"a{step}"))
+        storage.publish(f"step-{step:012d}/manifest.json", body)
+        if step in (10, 30):
+            proxied.reset()
+            result = command("ls", url, "--tree", "--json")
+            assert len(json.loads(result.stdout)["checkpoints"]) == step
+            counts.append(len(proxied.seen))
+    assert counts[1] - counts[0] == 20
+    assert counts[0] <= 10 + 6
 
 
 def test_how_the_latest_job_ended_is_told(command: Command, run: Path) -> None:
