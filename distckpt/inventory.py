@@ -5,9 +5,12 @@ Invariant: nothing is left out because it is broken; what is no good checkpoint 
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from distckpt import names
@@ -92,12 +95,28 @@ def take(storage: Storage, *, brief: bool = False, branches: bool = False) -> li
         found = [one for one in pool.map(look, *zip(*folders, strict=True)) if one is not None] if folders else []
     if not found:
         reason = f"its {len(files)} files are none of a checkpoint's" if files else "it is empty, or not there"
+        near = _near(storage.url)
+        usual = "give a run's directory, which holds folders named step-..., or one such folder"
         raise CheckpointNotFoundError(
-            path=storage.url,
-            reason=reason,
-            fix="give a run's directory, which holds folders named step-..., or one such folder",
+            path=storage.url, reason=reason, fix=usual if near is None else f"did you mean {near!r}?"
         )
     return found
+
+
+def _near(url: str) -> str | None:
+    """Return what somebody may have meant who gave a local path that is not there."""
+    slip = re.fullmatch(r".*/(s3|s3a|gs|gcs|az|abfs|https?)/{1,2}([^/].*)", url)
+    path = Path(url)
+    if "://" in url or path.exists():
+        return None
+    if slip is not None and not Path(url[: slip.start(1)], slip[1]).exists():
+        return f"{slip[1]}://{slip[2]}"
+    try:
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.75)
+    return str(path.with_name(near[0])) if near else None
 
 
 def _lines(files: list[FileInfo]) -> dict[str, list[Folder]]:

@@ -19,7 +19,7 @@ from distckpt import catalog, names, trees
 from distckpt.cli import terminal
 from distckpt.cli.entries import forest, walk
 from distckpt.cli.options import AsJson, Step, StorageOptions, Url, open_url
-from distckpt.cli.tables import Row, print_table
+from distckpt.cli.tables import Row, print_facts, print_table
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.inventory import take
 from distckpt.manifest import Manifest
@@ -53,7 +53,6 @@ def show(
         terminal.print_json({"url": storage.url, "path": path, "pinned": is_pinned, **_facts(manifest)})
         return
     _print_facts(path, manifest, is_pinned=is_pinned)
-    sys.stdout.flush()
     _print_entries(manifest, depth=depth)
 
 
@@ -109,22 +108,10 @@ def _print_facts(path: str, manifest: Manifest, *, is_pinned: bool) -> None:
         "timings": "  ".join(f"{name.removesuffix('_s')} {value:.3g} s" for name, value in manifest.timings.items()),
         "versions": "  ".join(f"{name} {value}" for name, value in manifest.versions.items()),
     }
-    console = terminal.output()
-    console.print(_grid({name: text for name, text in facts.items() if text}))
+    print_facts({name: text for name, text in facts.items() if text})
     if manifest.config:
-        console.print("\nconfiguration", style="bold")
-        console.print(_grid(dict(terminal.flattened(manifest.config, ""))))
-
-
-def _grid(facts: dict[str, str]) -> Any:
-    from rich.table import Table
-
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="cyan", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in facts.items():
-        grid.add_row(name, text)
-    return grid
+        print("\nconfiguration")
+        print_facts(dict(terminal.flattened(manifest.config, "")))
 
 
 def _print_entries(manifest: Manifest, *, depth: int | None) -> None:
