@@ -152,8 +152,8 @@ class Pruner:
 
         Ranks: any; blocks until all that was asked for has been deleted, or has failed to be.
         """
-        while (thread := self._thread) is not None:
-            thread.join()
+        with self._turn:
+            self._turn.wait_for(lambda: self._thread is None)
 
     def spare(self, step: int) -> None:
         """Keep away from the folder of `step`, in which a save begins, until `release` and one look at the directory.
@@ -186,6 +186,7 @@ class Pruner:
                 job, self._wanted = self._wanted, None
                 if job is None:
                     self._thread = None
+                    self._turn.notify_all()
                     return
                 # What is over was over before the look at the directory that comes now, which so sees all of it.
                 self._spared = set() if self._in_flight is None else {self._in_flight}
@@ -208,6 +209,7 @@ class Pruner:
             now=time.time(),
             resumed_from=request.resumed_from,
             pinned=[folder.step for folder in folders if folder.pinned],
+            branches=catalog.branched(folders),
         )
         gone = {decision.step for decision in plan if not decision.kept}
         deleted: list[int] = []

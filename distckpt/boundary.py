@@ -5,6 +5,7 @@ Invariant: what is done at a boundary is done by all ranks, after the same step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from distckpt.deadline import margin_s
@@ -42,6 +43,7 @@ class Boundary:
         saver: Makes the saves.
         tenure: Is told how the job ends.
         tell: Is told that the job leaves, and how.
+        insist: Is called before each save; raises if the state may not be saved.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Boundary:
         saver: Saver,
         tenure: Tenure,
         tell: Callback = lambda event: None,
+        insist: Callable[[], None] = lambda: None,
     ) -> None:
+        self._insist = insist
         self._pace = pace
         self._preemption = preemption
         self._saver = saver
@@ -89,6 +93,8 @@ class Boundary:
         self._look_at_end()
         due = self._schedule.after(step, ranks, busy=self._saver.is_busy, last=last, stop=stop)
         leaves = due.stop and not last
+        if due.save:
+            self._insist()
         if leaves:
             self._departure.leave(step, ranks, lambda: save(busy=False))
         elif due.save:

@@ -1,4 +1,4 @@
-"""The catalog: which checkpoints a directory holds, whether they are whole, and the one place that deletes.
+"""The catalog: which checkpoints a directory holds, and the one place that deletes.
 
 Invariant: a checkpoint exists if, and only if, its manifest does; so a manifest is deleted first and everything else
 after it, and what has no manifest is a partial, invisible to restore.
@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, MutableMapping
 from dataclasses import dataclass, field, replace
 
 from distckpt import names
 from distckpt.checksum import digest
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError, FormatVersionError
-from distckpt.manifest import MAX_BYTES, DataFile, Layout, Manifest, parse
+from distckpt.manifest import MAX_BYTES, Layout, Manifest, parse
 from distckpt.outline import Outline, outline
 from distckpt.storage import FileInfo, Storage, withdraw
 from distckpt.values import Json
 
-READ_BYTES = 8 << 20
 _ATTEMPT = re.compile(r"[0-9a-f]{16}")
 _TEMPORARY = re.compile(rf"{re.escape(names.MANIFEST)}\.[0-9a-f]+\.tmp")
 LOCATE_TRIES = 20  # a reader loses this race once for each checkpoint that is committed while it looks
@@ -75,6 +74,7 @@ class Folder:
         committed: Whether there is a manifest.
         damaged: Whether a manifest was put aside as damaged.
         pinned: Whether it is pinned.
+        branches: The names of the branches that went off from it.
     """
 
     step: int
@@ -82,6 +82,7 @@ class Folder:
     committed: bool
     damaged: bool
     pinned: bool
+    branches: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -100,30 +101,33 @@ class Folder:
         return sum(file.num_bytes for file in self.files)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """One thing wrong with a checkpoint: the file's name inside it, and what is wrong."""
-
-    file: str
-    problem: str
-
-
 def scan(storage: Storage) -> list[Folder]:
     """Return what each checkpoint folder of a directory holds, oldest step first; one listing, no file is read.
 
     Raises:
         StorageError: The directory could not be listed.
     """
+    return scanned(storage.list())
+
+
+def scanned(files: Iterable[FileInfo]) -> list[Folder]:
+    """Return what each checkpoint folder holds, as `scan` does, by a directory's listing."""
     grouped: dict[int, list[FileInfo]] = {}
-    for file in storage.list():
+    branches: dict[int, list[str]] = {}
+    for file in files:
         top, _, rest = file.name.partition("/")
         step = names.parse_step(top)
         if step is not None and rest:
             grouped.setdefault(step, []).append(file)
-    return [_folder(step, files) for step, files in sorted(grouped.items())]
+        elif top == names.BRANCHES and rest.count("/") == 1:
+            branch, _, inner = rest.partition("/")
+            origin = names.parse_origin(inner)
+            if origin is not None:
+                branches.setdefault(origin, []).append(branch)
+    return [_folder(step, found, branches.get(step, ())) for step, found in sorted(grouped.items())]
 
 
-def _folder(step: int, files: list[FileInfo]) -> Folder:
+def _folder(step: int, files: list[FileInfo], branches: Iterable[str]) -> Folder:
     inner = {file.name.partition("/")[2] for file in files}
     return Folder(
         step=step,
@@ -131,7 +135,13 @@ def _folder(step: int, files: list[FileInfo]) -> Folder:
         committed=names.MANIFEST in inner,
         damaged=any(names.is_quarantine(name) for name in inner),
         pinned=names.PIN in inner,
+        branches=tuple(branches),
     )
+
+
+def branched(folders: Iterable[Folder]) -> dict[int, tuple[str, ...]]:
+    """Return by step the branches that went off there."""
+    return {folder.step: folder.branches for folder in folders if folder.branches}
 
 
 def read_manifest(storage: Storage, folder: str = "") -> Manifest:
@@ -230,83 +240,6 @@ def committed(
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """A part of a checkpoint's segments: the `turn`-th of `turns`, from 1 on; all turns together are all of them."""
-
-    turn: int
-    turns: int
-
-    def takes(self, index: int) -> bool:
-        """Say whether the segment of this number, counted over all data files, is in it."""
-        return index % self.turns == self.turn - 1
-
-    def num_bytes(self, manifest: Manifest) -> int:
-        """Return how many bytes of a checkpoint are in it."""
-        segments = [segment for file in manifest.files for segment in file.segments]
-        return sum(segment.num_bytes for index, segment in enumerate(segments) if self.takes(index))
-
-
-EVERYTHING = Sample(turn=1, turns=1)
-
-
-def verify(storage: Storage, manifest: Manifest, *, folder: str = "", sample: Sample = EVERYTHING) -> Iterator[Problem]:
-    """Yield everything that is wrong with a checkpoint's data files, reading every byte, or a sample.
-
-    Raises:
-        StorageError: A file could not be read for a reason that says nothing of its bytes.
-    """
-    sizes = {file.name: file.num_bytes for file in storage.list(folder)}
-    wrong = {problem.file: problem for problem in wrong_sizes(sizes, manifest, folder=folder)}
-    first = 0
-    for file in manifest.files:
-        if file.name in wrong:
-            yield wrong[file.name]
-        else:
-            yield from _verify_file(storage, names.join(folder, file.name), file, sample, first=first)
-        first += len(file.segments)
-
-
-def wrong_sizes(sizes: Mapping[str, int], manifest: Manifest, *, folder: str = "") -> Iterator[Problem]:
-    """Yield a problem for each data file that is missing or of the wrong size.
-
-    Args:
-        sizes: The size of each file, by its name in the storage.
-        manifest: The checkpoint's manifest.
-        folder: The checkpoint's folder in the storage.
-    """
-    for file in manifest.files:
-        found = sizes.get(names.join(folder, file.name))
-        if found is None:
-            yield Problem(file=file.name, problem="is missing")
-        elif found != file.num_bytes:
-            yield Problem(file=file.name, problem=f"has {found:,} bytes, the manifest says {file.num_bytes:,}")
-
-
-def _verify_file(storage: Storage, name: str, file: DataFile, sample: Sample, *, first: int) -> Iterator[Problem]:
-    """Yield one problem for the first segment of a file that is not what was written; its first one's number counts."""
-    buffer = bytearray(min(READ_BYTES, file.num_bytes) if file.segments else 0)
-    offset = 0
-    for index, segment in enumerate(file.segments, start=first):
-        if not sample.takes(index):
-            offset += segment.num_bytes
-            continue
-        if segment.num_bytes > len(buffer):
-            buffer = bytearray(segment.num_bytes)
-        view = memoryview(buffer)[: segment.num_bytes]
-        try:
-            storage.read(name, offset, view)
-        except (FileNotFoundError, EOFError) as error:
-            yield Problem(file=file.name, problem=f"could not be read whole: {error}")
-            return
-        if digest(view) != segment.digest:
-            yield Problem(
-                file=file.name, problem=f"has wrong bytes between {offset:,} and {offset + segment.num_bytes:,}"
-            )
-            return
-        offset += segment.num_bytes
-
-
 def quarantine(storage: Storage, folder: str, *, reason: str) -> None:
     """Put a damaged checkpoint's manifest aside, so that it is none any more; its files stay until they are pruned.
 
@@ -389,7 +322,7 @@ def locate(storage: Storage, *, step: int | None = None) -> tuple[str, Manifest]
             raise CheckpointNotFoundError(path=storage.url, reason=f"it is of step {manifest.step}, not {step}")
         return "", manifest
     if step is not None:
-        return names.step_name(step), read_manifest(storage, names.step_name(step))
+        return names.step_name(step), manifest_of(storage, step)
     for tries_left in reversed(range(LOCATE_TRIES)):
         folders = scan(storage)
         try:
@@ -399,6 +332,23 @@ def locate(storage: Storage, *, step: int | None = None) -> tuple[str, Manifest]
             if tries_left == 0 or not any(folder.committed for folder in folders):
                 raise
     raise AssertionError("unreachable")
+
+
+def manifest_of(storage: Storage, step: int) -> Manifest:
+    """Return the manifest of the checkpoint of a step of a run.
+
+    Raises:
+        CheckpointNotFoundError: There is none; names those that are there.
+        CheckpointDamagedError: It is not whole.
+        StorageError: The storage could not be read.
+    """
+    try:
+        return read_manifest(storage, names.step_name(step))
+    except CheckpointNotFoundError as error:
+        folders = scan(storage)
+        steps = ", ".join(f"{folder.step}" for folder in folders if folder.committed)
+        reason = f"of step {step} there is none; " + (f"committed are {steps}" if steps else absence(folders))
+        raise CheckpointNotFoundError(path=storage.url, reason=reason, fix="name one that is there") from error
 
 
 def _newest_whole(storage: Storage, folders: Collection[Folder]) -> tuple[str, Manifest]:

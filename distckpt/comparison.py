@@ -8,12 +8,16 @@ and 0.0 neither -0.0 nor 0.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from distckpt.arrays import Deviation, Source, batches, deviation, read
 from distckpt.manifest import Manifest, ObjectEntry, TensorEntry
+from distckpt.safetensors import ITEM_BYTES
 from distckpt.trees import exact_text, label, opened, reference
 from distckpt.values import Json, references
 
@@ -46,8 +50,9 @@ class Change:
 
 
 def compare(first: Source, second: Source) -> Iterator[Change]:
-    """Yield everything in which two checkpoints' states differ; tensors last, as all their bytes are read.
+    """Yield everything in which two checkpoints' states differ; tensors last, for their bytes are read.
 
+    Those of tensors that lie in segments of equal digests are not; whether these are whole, `verify` finds out.
     Of the tensors' bytes, `arrays.BATCH_BYTES` or the largest tensor are held at a time, from each checkpoint.
 
     Raises:
@@ -97,13 +102,37 @@ def _compare_tensors(first: Source, second: Source) -> Iterator[Change]:
         else:
             facts = (None if old is None else _tensor_facts(old)), (None if new is None else _tensor_facts(new))
             yield _change("tensor", name, *facts)
-    for batch in batches(first, alike):
+    seals = _Seals(first), _Seals(second)
+    for batch in batches(first, [name for name in alike if seals[0].of(name) != seals[1].of(name)]):
         before, after = read(first, batch), read(second, batch)
         for name in sorted(batch):
             found = deviation(olds[name].dtype, before[name], after[name])
             if found is not None:
                 fact = _tensor_facts(olds[name])
                 yield Change(what="tensor", kind="changed", name=name, before=fact, after=fact, deviation=found)
+
+
+class _Seals:
+    """What of a checkpoint's digests covers each tensor: where two have the same, the tensors' bytes are the same."""
+
+    def __init__(self, source: Source) -> None:
+        self._manifest = source.manifest
+        sizes = [[segment.num_bytes for segment in file.segments] for file in self._manifest.files]
+        self._begins = [list(accumulate(of_file, initial=0)) for of_file in sizes]
+
+    def of(self, name: str) -> list[tuple[object, ...]]:
+        """Return each chunk's place in the tensor, and the segments that it lies in, by where they begin from it on."""
+        entry = self._manifest.tensors[name]
+        found: list[tuple[object, ...]] = []
+        for chunk in sorted(entry.chunks, key=lambda chunk: chunk.start):
+            begins, segments = self._begins[chunk.file], self._manifest.files[chunk.file].segments
+            end = chunk.offset + math.prod(chunk.shape) * ITEM_BYTES[entry.dtype]
+            index = bisect_right(begins, chunk.offset) - 1
+            found.append((chunk.start, chunk.shape))
+            while index < len(segments) and begins[index] < end:
+                found.append((begins[index] - chunk.offset, segments[index].num_bytes, segments[index].digest))
+                index += 1
+        return found
 
 
 def _key_facts(entry: ObjectEntry) -> Json:

@@ -5,13 +5,16 @@ Invariant: nothing is left out because it is broken; what is no good checkpoint 
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from distckpt import names
-from distckpt.catalog import Checkpoint, Folder, describe, read_manifest, read_outline, scan
+from distckpt.catalog import Checkpoint, Folder, describe, read_manifest, read_outline, scanned
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, FormatVersionError
 from distckpt.manifest import MAX_BYTES
 from distckpt.storage import FileInfo, Storage
@@ -30,12 +33,13 @@ class Found:
         step: The step, as the manifest or else the folder's name says; None if neither does.
         state: "committed"; "partial": a save that never committed; "damaged": its manifest is not whole, or was put
             aside as damaged; "newer format": committed by a distckpt that this one is too old for.
-        files: All its files; names below the storage's root.
+        files: All its files; names below the directory that it lies in.
         pinned: Whether retention has to keep it.
         checkpoint: Its facts, if it is committed.
         problem: What is wrong with a damaged one.
         problem_file: The file, inside the folder, that `problem` is about.
         folder: The catalog's view of it; None if it is the storage's root.
+        branch: The branch that it belongs to, "outer/inner" for a branch of a branch; "" is the run itself.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Found:
     problem: str | None = None
     problem_file: str | None = None
     folder: Folder | None = None
+    branch: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -59,7 +64,7 @@ class Found:
         return max((file.modified for file in self.files), default=0.0) or None
 
 
-def take(storage: Storage, *, brief: bool = False) -> list[Found]:
+def take(storage: Storage, *, brief: bool = False, branches: bool = False) -> list[Found]:
     """Return every checkpoint folder, oldest step first; or the one that the storage's root is.
 
     Data files are not read; a folder that vanishes meanwhile is left out.
@@ -68,6 +73,7 @@ def take(storage: Storage, *, brief: bool = False) -> list[Found]:
         storage: A run's directory, or one checkpoint's folder.
         brief: Whether a manifest whose digest is right counts as good, without a look at all that is in it: many times
             as fast, for a list.
+        branches: Whether to look into the run's branches, too; they are in the same listing.
 
     Raises:
         CheckpointNotFoundError: There is none at all.
@@ -76,21 +82,58 @@ def take(storage: Storage, *, brief: bool = False) -> list[Found]:
     root = _take_root(storage, brief=brief)
     if root is not None:
         return [root]
-    folders = scan(storage)
+    files = storage.list()
+    folders = [
+        (branch, folder) for branch, inner in _lines(files).items() if branches or not branch for folder in inner
+    ]
+
+    def look(branch: str, folder: Folder) -> Found | None:
+        name = names.join(*(names.branch_folder(part) for part in branch.split("/") if part), folder.name)
+        return _take(storage, name, folder.step, folder.files, folder, brief=brief, branch=branch)
+
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        taken = pool.map(
-            lambda folder: _take(storage, folder.name, folder.step, folder.files, folder, brief=brief), folders
-        )
-        found = [one for one in taken if one is not None]
+        found = [one for one in pool.map(look, *zip(*folders, strict=True)) if one is not None] if folders else []
     if not found:
-        files = storage.list()
         reason = f"its {len(files)} files are none of a checkpoint's" if files else "it is empty, or not there"
+        near = _near(storage.url)
+        usual = "give a run's directory, which holds folders named step-..., or one such folder"
         raise CheckpointNotFoundError(
-            path=storage.url,
-            reason=reason,
-            fix="give a run's directory, which holds folders named step-..., or one such folder",
+            path=storage.url, reason=reason, fix=usual if near is None else f"did you mean {near!r}?"
         )
     return found
+
+
+def _near(url: str) -> str | None:
+    """Return what somebody may have meant who gave a local path that is not there."""
+    slip = re.fullmatch(r".*/(s3|s3a|gs|gcs|az|abfs|https?)/{1,2}([^/].*)", url)
+    path = Path(url)
+    if "://" in url or path.exists():
+        return None
+    if slip is not None and not Path(url[: slip.start(1)], slip[1]).exists():
+        return f"{slip[1]}://{slip[2]}"
+    try:
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.75)
+    return str(path.with_name(near[0])) if near else None
+
+
+def _lines(files: list[FileInfo]) -> dict[str, list[Folder]]:
+    """Return the checkpoint folders of a run and of each of its branches, by the branch."""
+    by_branch: dict[str, list[FileInfo]] = {"": []}
+    for file in files:
+        parts, branch = file.name.split("/"), []
+        while len(parts) > 2 and parts[0] == names.BRANCHES:
+            branch.append(parts[1])
+            parts = parts[2:]
+            outer = "/".join(branch[:-1])
+            by_branch.setdefault(outer, [])
+            if names.parse_origin(parts[0]) is not None:
+                mark = f"{names.branch_folder(branch[-1])}/{parts[0]}"
+                by_branch[outer].append(replace(file, name=mark))
+        by_branch.setdefault("/".join(branch), []).append(replace(file, name="/".join(parts)))
+    return {branch: scanned(inner) for branch, inner in sorted(by_branch.items())}
 
 
 def is_unchanged(storage: Storage, folder: Folder) -> bool:
@@ -129,10 +172,13 @@ def _take(
     folder: Folder | None,
     *,
     brief: bool,
+    branch: str = "",
 ) -> Found | None:
     """Return what a folder holds; None if it was committed and has vanished since it was listed."""
-    inner = {file.name.removeprefix(f"{name}/") for file in files}
-    found = Found(name=name, step=step, state="partial", files=files, pinned=names.PIN in inner, folder=folder)
+    prefix = f"{name}/" if folder is None else f"{folder.name}/"
+    inner = {file.name.removeprefix(prefix) for file in files}
+    is_pinned = names.PIN in inner
+    found = Found(name=name, step=step, state="partial", files=files, pinned=is_pinned, folder=folder, branch=branch)
     if names.MANIFEST not in inner:
         put_aside = sorted(filter(names.is_quarantine, inner))
         if not put_aside:

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distckpt.errors import StorageError
+from distckpt.errors import DirectoryBusyError, StorageError
 from distckpt.outcome import Ending, Outcome, checked_moment, checked_text
 from distckpt.owner import Machine, Owner
 from distckpt.storage import Storage
@@ -193,6 +193,22 @@ def standing(storage: Storage, *, machine: Machine | None = None, now: float | N
         fate = "runs" if age_s < 2 * record.duration_s else "gone"
     is_running = fate == "runs" and not record.released
     return Standing(state="running" if is_running else "unknown", record=record)
+
+
+def refuse_running(storage: Storage) -> None:
+    """Return if no job is known to own a directory, so that others may add checkpoints to it.
+
+    Nothing is taken by that: whoever comes later may own it.
+
+    Raises:
+        DirectoryBusyError: A job owns it, and runs.
+        StorageError: The directory could not be read.
+    """
+    found = standing(storage)
+    if found is not None and found.state == "running":
+        owner = found.record.owner
+        fix = "take a directory of its own, or come back when that job has ended"
+        raise DirectoryBusyError(path=storage.url, host=owner.host, pid=owner.pid, since=found.record.acquired, fix=fix)
 
 
 def named(record: Record | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch.distributed.tensor import DTensor
 
-from distckpt import catalog, names, nodecopy
+from distckpt import catalog, names, nodecopy, verification
 from distckpt.applying import apply, settled
 from distckpt.checksum import digest
 from distckpt.datafiles import Reader
@@ -160,7 +160,7 @@ class Loading:
     def _check_sizes(self, manifest: Manifest) -> None:
         """Refuse a checkpoint whose files are not as large as it says, before room is made for what they hold."""
         sizes = {file.name: file.num_bytes for file in self._storage.list(self._folder)}
-        for problem in catalog.wrong_sizes(sizes, manifest, folder=self._folder):
+        for problem in verification.wrong_sizes(sizes, manifest, folder=self._folder):
             raise CheckpointDamagedError(
                 path=self._path, step=manifest.step, file=problem.file, problem=problem.problem
             )

@@ -13,6 +13,7 @@ from typing import Any, Self
 from distckpt import catalog
 from distckpt.arguments import check_above_zero, check_choice
 from distckpt.boundary import Boundary
+from distckpt.branches import Home
 from distckpt.bulletin import Bulletin
 from distckpt.catalog import Checkpoint
 from distckpt.errors import DistckptError, UsageError
@@ -29,7 +30,6 @@ from distckpt.restore import RestoreRequest
 from distckpt.restorer import Restorer
 from distckpt.retention import Retention
 from distckpt.saver import Saver, WhenBusy
-from distckpt.storage import open_storage
 from distckpt.tenure import Tenure
 from distckpt.values import Json
 
@@ -58,8 +58,7 @@ class CheckpointManager:
 
     A job that saves owns its directory, from its first restore or save until it is closed: a second one fails with the
     owner's host, process and time, and a dead owner's place is taken, at once on the same host, after a minute from
-    another one. Readers (`restore` without `every`, `load`, the command line) need no ownership. What killed saves have
-    left is deleted at the start.
+    another one. Who only reads needs no ownership. What killed saves have left is deleted at the start.
 
     A signal on any rank asks for one last save and the end of the loop. If, by the time that is left and by what saves
     take here, the step cannot be saved, the save in flight is finished, or none is made; the log says which. In time
@@ -88,6 +87,9 @@ class CheckpointManager:
             "warn", not to save it ("error"), or nothing is compared ("off"). Each save compares another 1 MB.
         check_finite: What happens if parameters or optimizer states hold NaN or infinities: "warn", not to save it
             ("error"), or nothing is looked at ("off"). The thread that writes looks at all that it writes.
+        at: The step of the checkpoint that a new branch goes on from; restarts may leave it out.
+        branch: Go on in the branch of this name, which has a directory of its own below `directory`, `branches/<name>`,
+            and leaves all else there as it is. Its first restore makes it, and loads the checkpoint of step `at`.
         callbacks: What is told of each event, on rank 0, by this thread: functions of one `distckpt.events.Event`,
             called at the end of each method here; one that raises is logged and dropped. See docs/events.md.
 
@@ -119,6 +121,8 @@ class CheckpointManager:
         overlap: bool = True,
         check_replicas: Mode = "warn",
         check_finite: Mode = "warn",
+        at: int | None = None,
+        branch: str | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         owner = type(self).__name__
@@ -127,9 +131,10 @@ class CheckpointManager:
         check_choice(owner, WhenBusy, when_busy=when_busy)
         check_choice(owner, Mode, check_replicas=check_replicas, check_finite=check_finite)
         self.preempted = False
-        self._storage = open_storage(directory, storage_options=storage_options)
+        self._home = Home(directory, at=at, branch=branch, storage_options=storage_options)
+        self._storage = self._home.storage
         interval = Every.of(every)
-        self._owns = interval != Every()  # who saves by itself is no reader
+        self._owns = interval != Every() or self._home.is_named  # who saves by itself is no reader
         self._timeout_s = timeout_s
         self._rng = rng
         self._preemption = Preemption(signals, deadline=known_deadline(grace_s=grace_s, ends_at=ends_at))
@@ -150,7 +155,7 @@ class CheckpointManager:
             overlap=overlap,
             tell=self._bulletin.post,
         )
-        self._restorer = Restorer(saver=self._saver, pace=self._pace, bulletin=self._bulletin)
+        self._restorer = Restorer(self._home, saver=self._saver, pace=self._pace, bulletin=self._bulletin)
         self._boundary = Boundary(
             interval,
             pace=self._pace,
@@ -158,6 +163,7 @@ class CheckpointManager:
             saver=self._saver,
             tenure=self._tenure,
             tell=self._bulletin.post,
+            insist=self._restorer.insist_whole,
         )
         self._channels: tuple[Ranks, Ranks] | None = None
         self._closed = False
@@ -210,11 +216,10 @@ class CheckpointManager:
 
     @property
     def _ranks(self) -> Ranks:
-        """The channel of the training's thread."""
         return self._open_channels()[0]
 
     def _open_channels(self) -> tuple[Ranks, Ranks]:
-        """Return the channels of the training's thread and of the writing one, made at first use."""
+        """Return the training thread's channel and the writing one's, made at first use."""
         if self._closed:
             raise UsageError(problem="this manager is closed", fix="make a new CheckpointManager")
         if self._channels is None:
@@ -236,15 +241,14 @@ class CheckpointManager:
 
     @property
     def latest(self) -> Checkpoint | None:
-        """The newest committed checkpoint; None if there is none.
+        """The newest committed checkpoint, of a branch without one what it went off from; None if there is none.
 
         Raises:
             StorageError: The directory could not be read.
 
         Ranks: any; reads the storage.
         """
-        folders = reversed(catalog.scan(self._storage))
-        return next((found[0] for folder in folders if (found := catalog.committed(self._storage, [folder]))), None)
+        return self._home.newest()
 
     def steps(self, state: MutableMapping[str, Any], *, until: int) -> Iterator[int]:
         """Restore the newest good checkpoint, then yield each step that is still to be done.
@@ -298,6 +302,7 @@ class CheckpointManager:
             StateMismatchError: The checkpoint does not fit; the state is as it was.
             CheckpointDamagedError: There are checkpoints, but no good one.
             CheckpointNotFoundError: The step that was asked for is not there.
+            ConfigError: There is no such branch, or it went off from another step.
             DirectoryBusyError: This manager saves by itself, and another job owns the directory.
             RankFailedError: A rank failed.
             RankTimeoutError: A rank did not come.
@@ -306,7 +311,7 @@ class CheckpointManager:
         Ranks: all (collective); blocks until every rank has loaded.
         """
         request = RestoreRequest(step=step, skip=skip, only=only, rng=self._rng, heal=step is None)
-        done = self._restorer.restore(state, request, storage=self._storage, ranks=self._ranks, owns=self._owns)
+        done = self._restorer.restore(state, request, ranks=self._ranks, owns=self._owns)
         self._bulletin.deliver()
         return done
 
@@ -335,7 +340,6 @@ class CheckpointManager:
     def _complete(
         self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float] | None = None, **due: bool
     ) -> bool:
-        """Do what is due after a step, as `Boundary.cross` is told; return whether to leave the loop."""
         self._restorer.state_is_used()
         channels = self._open_channels()
         save = partial(self._saver.save, step, state, metrics, channels=channels)
@@ -439,10 +443,7 @@ class CheckpointManager:
         finally:
             self._closed = True
             self._preemption.ignore()
-            if isinstance(because, SystemExit) and not because.code:
-                because = None
-            reason = None if because is None else reason_of(because)
-            step = self._saver.saved_step
+            reason, step = reason_of(because), self._saver.saved_step
             ending: Ending = "complete" if reason is None else "failed"
             self._tenure.end(ending, step=step, reason=reason)
             self._bulletin.post(Ended(step=step, ending="preempted" if self.preempted else ending, reason=reason))

@@ -10,9 +10,11 @@ import secrets
 
 MANIFEST = "manifest.json"
 PIN = "pinned.json"
+BRANCHES = "branches"
 RNG = "_rng"  # the state's key that holds the random-number generators of each rank
 
 _STEP = re.compile(r"step-(\d{12,})")
+_ORIGIN = re.compile(r"from-step-(\d{12,})\.json")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _OF_RANK = re.compile(r"rank-\d{5,}:")
 MAX_NAME_CHARS = 1024
@@ -26,6 +28,22 @@ def step_name(step: int) -> str:
 def parse_step(name: str) -> int | None:
     """Return the step that a folder's name states, or None if it is no checkpoint's folder."""
     match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def branch_folder(branch: str) -> str:
+    """Return the folder, inside a run's directory, of the branch of this name."""
+    return f"{BRANCHES}/{branch}"
+
+
+def origin_name(step: int) -> str:
+    """Return the name, inside a branch's folder, of the file that says that it went off after `step`."""
+    return f"from-{step_name(step)}.json"
+
+
+def parse_origin(name: str) -> int | None:
+    """Return the step that such a file's name states, or None if it is none."""
+    match = _ORIGIN.fullmatch(name)
     return int(match[1]) if match else None
 
 

@@ -58,8 +58,10 @@ class Outcome:
         )
 
 
-def reason_of(error: BaseException) -> str:
-    """Return an error as the reason of an end: what happened, without what to do about it."""
+def reason_of(error: BaseException | None) -> str | None:
+    """Return an error as the reason of an end: what happened, without what to do about it; None of a clean exit."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return None
     return f"{type(error).__name__}: {error}".partition("\nFix:")[0]
 
 

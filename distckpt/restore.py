@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from distckpt import catalog, names
+from distckpt import catalog, names, verification
+from distckpt.branches import Home, Origin
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError
 from distckpt.events import Quarantined
 from distckpt.garbage import kept_off
@@ -34,7 +36,7 @@ _TORN = "The state now holds parts of what was read: load another checkpoint, or
 
 @kept_off()
 def restore(
-    state: Mapping[str, Any], request: RestoreRequest, *, storage: Storage, ranks: Ranks
+    state: Mapping[str, Any], request: RestoreRequest, *, storage: Storage, ranks: Ranks, origin: Origin | None = None
 ) -> tuple[str, Manifest] | None:
     """Load a checkpoint into `state`, on every rank the same.
 
@@ -43,9 +45,10 @@ def restore(
         request: Which checkpoint, and which of its entries.
         storage: A run's directory, or one checkpoint's folder.
         ranks: All ranks.
+        origin: What the directory's branch went off from: older than all that is there, and never put aside.
 
     Returns:
-        The folder and manifest of what was loaded; None if the directory holds no checkpoint, and never had one.
+        The path and manifest of what was loaded; None if the directory holds no checkpoint, and never had one.
 
     Raises:
         StateMismatchError: The checkpoint does not fit; the state is as it was.
@@ -59,11 +62,64 @@ def restore(
     """
     changed: list[bool] = []
     try:
-        return _restore(state, request, changed, storage=storage, ranks=ranks)
+        return _restore(state, request, changed, storage=storage, ranks=ranks, origin=origin)
     except BaseException as error:
         if any(changed):
             error.add_note(_TORN)
         raise
+
+
+def branch_off(home: Home, *, own: Callable[[], None] | None, ranks: Ranks) -> Origin | None:
+    """Return what the directory's branch went off from, once the branch is there; None if it is none.
+
+    Args:
+        home: The directory.
+        own: Takes the directory, on all ranks; None if this job only reads.
+        ranks: All ranks.
+
+    Raises:
+        As `Home.begin` and `own` do.
+
+    Ranks: all (collective); blocks until rank 0 has looked, and as `own` does.
+    """
+    if home.run is None:
+        if own is not None:
+            own()
+        return None
+
+    def facts(find: Callable[[], Origin | None]) -> Json:
+        return ranks.agree(
+            "looking for the branch's origin",
+            lambda: None,
+            lambda _: None if (found := find()) is None else {"step": found.step, "attempt": found.attempt},
+        )
+
+    found = facts(home.origin)  # before a directory is made for what makes no sense
+    if own is not None:
+        own()
+        found = facts(home.begin)
+    return None if found is None else Origin(storage=home.run, **found)
+
+
+def warn_of_newer(step: int, *, storage: Storage, ranks: Ranks) -> None:
+    """Warn a job that goes on from an older checkpoint of its own directory that the newer ones are in its way.
+
+    Raises:
+        StorageError: The directory could not be listed.
+
+    Ranks: all (collective); blocks until rank 0 has looked.
+    """
+
+    def look(_: list[None]) -> None:
+        newest = catalog.find_newest(storage)
+        if newest is not None and newest.step > step:
+            logger.warning(
+                "restored step %d, while %s goes up to step %d: a restart takes that one, and a step that is there "
+                'cannot be saved again\nFix: go on in a branch: CheckpointManager(%r, at=%d, branch="NAME")',
+                *(step, storage.url, newest.step, storage.url, step),
+            )
+
+    ranks.agree("looking for newer checkpoints", lambda: None, look)
 
 
 def is_torn(error: BaseException) -> bool:
@@ -75,7 +131,13 @@ def is_torn(error: BaseException) -> bool:
 
 
 def _restore(
-    state: Mapping[str, Any], request: RestoreRequest, changed: list[bool], *, storage: Storage, ranks: Ranks
+    state: Mapping[str, Any],
+    request: RestoreRequest,
+    changed: list[bool],
+    *,
+    storage: Storage,
+    ranks: Ranks,
+    origin: Origin | None,
 ) -> tuple[str, Manifest] | None:
     """Restore, and note in `changed` whether a try has changed the state."""
     left_out: set[str] = set()
@@ -85,29 +147,35 @@ def _restore(
         chosen = ranks.agree(
             "restore: choosing a checkpoint",
             lambda: None,
-            lambda _: _choose(storage, request, left_out, known),
+            lambda _: _choose(storage, request, left_out, known, origin),
         )
         if chosen is None:
             return None
-        folder = chosen["folder"]
-        found = _load(state, request, chosen, known.pop(folder, None), changed, storage=storage, ranks=ranks)
+        folder, place, asked = chosen["folder"], storage, request
+        if origin is not None and chosen["is_origin"]:
+            place, asked = origin.storage, replace(request, heal=False)  # it is not this job's to put aside
+        found = _load(state, asked, chosen, known.pop(folder, None), changed, storage=place, ranks=ranks)
         if isinstance(found, Manifest):
-            return folder, found
+            return names.join(place.url, folder), found
         if found["vanished"]:
             continue
         if not found["confirmed"] and folder not in again:
             again.add(folder)  # a second reading found nothing wrong: try once more
             continue
-        if not request.heal:
-            raise _damaged(storage, folder, found)
+        if not asked.heal:
+            raise _damaged(place, folder, found)
         left_out.add(folder)
 
 
-def _choose(storage: Storage, request: RestoreRequest, left_out: set[str], known: dict[str, Manifest]) -> Json:
+def _choose(
+    storage: Storage, request: RestoreRequest, left_out: set[str], known: dict[str, Manifest], origin: Origin | None
+) -> Json:
     """Rank 0: return the folder of the checkpoint to load and its attempt, or None on a fresh directory.
 
     Its manifest is added to `known`.
     """
+    if origin is not None and request.step == origin.step:
+        return _chosen(origin.folder, origin.read_manifest(), known, is_origin=True)
     if request.step is not None or not request.heal:
         folder, manifest = catalog.locate(storage, step=request.step)
         return _chosen(folder, manifest, known)
@@ -125,6 +193,8 @@ def _choose(storage: Storage, request: RestoreRequest, left_out: set[str], known
             _put_aside(storage, candidate.name, str(error), request)
             continue
         return _chosen(candidate.name, manifest, known)
+    if origin is not None:
+        return _chosen(origin.folder, origin.read_manifest(), known, is_origin=True)
     if left_out or any(folder.damaged for folder in folders):
         raise CheckpointDamagedError(
             path=storage.url,
@@ -136,15 +206,15 @@ def _choose(storage: Storage, request: RestoreRequest, left_out: set[str], known
     return None
 
 
-def _chosen(folder: str, manifest: Manifest, known: dict[str, Manifest]) -> Json:
+def _chosen(folder: str, manifest: Manifest, known: dict[str, Manifest], *, is_origin: bool = False) -> Json:
     known[folder] = manifest
-    return {"folder": folder, "attempt": manifest.attempt}
+    return {"folder": folder, "attempt": manifest.attempt, "is_origin": is_origin}
 
 
 def _check_sizes(folder: catalog.Folder, manifest: Manifest, url: str) -> None:
     """Refuse a checkpoint of which the listing alone shows that it is not whole."""
     sizes = {file.name: file.num_bytes for file in folder.files}
-    for problem in catalog.wrong_sizes(sizes, manifest, folder=folder.name):
+    for problem in verification.wrong_sizes(sizes, manifest, folder=folder.name):
         raise CheckpointDamagedError(
             path=names.join(url, folder.name), step=manifest.step, file=problem.file, problem=problem.problem
         )
@@ -259,11 +329,11 @@ def _examine(storage: Storage, request: RestoreRequest, folder: str, rank: int, 
     found = {**fact, "vanished": False, "confirmed": True}
     try:
         manifest = catalog.read_manifest(storage, folder)
-        problem = next(catalog.verify(storage, manifest, folder=folder), None)
+        problem = next(verification.verify(storage, manifest, folder=folder), None)
     except CheckpointNotFoundError:
         return {**found, "vanished": True}
     except CheckpointDamagedError as error:
-        problem = catalog.Problem(file=names.MANIFEST, problem=error.problem)
+        problem = verification.Problem(file=names.MANIFEST, problem=error.problem)
     if problem is None:
         return {**found, "confirmed": False}
     if request.heal:

@@ -9,17 +9,18 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from distckpt.branches import Home, Origin
 from distckpt.bulletin import Bulletin
 from distckpt.errors import UsageError
 from distckpt.events import Restored
 from distckpt.manifest import Manifest
 from distckpt.pace import Pace, past_uptimes
 from distckpt.ranks import Ranks
-from distckpt.restore import RestoreRequest, is_torn, restore
+from distckpt.restore import RestoreRequest, branch_off, is_torn, restore, warn_of_newer
 from distckpt.saver import Saver
-from distckpt.storage import Storage
 
 logger = logging.getLogger("distckpt")
 
@@ -28,15 +29,18 @@ class Restorer:
     """Restores a run's state.
 
     Args:
+        home: The run's directory, or that of its branch: there nothing may be saved before something was restored.
         saver: Makes the run's saves, which go on from what is restored.
         pace: Is told from which step on the run goes on.
         bulletin: Is told of what is restored, and of what is found damaged.
     """
 
-    def __init__(self, *, saver: Saver, pace: Pace, bulletin: Bulletin) -> None:
+    def __init__(self, home: Home, *, saver: Saver, pace: Pace, bulletin: Bulletin) -> None:
+        self._home = home
         self._saver = saver
         self._pace = pace
         self._bulletin = bulletin
+        self._has_begun = not home.is_named
         self._is_unused = True  # nothing has been restored, and no step done: the state is worth nothing yet
         self._is_torn = False
 
@@ -51,7 +55,7 @@ class Restorer:
         """Make sure that the state may be saved.
 
         Raises:
-            UsageError: It holds parts of a checkpoint that failed to load.
+            UsageError: It holds parts of a checkpoint that failed to load, or was never restored and has to be.
 
         Ranks: any.
         """
@@ -60,49 +64,51 @@ class Restorer:
                 problem="the state holds parts of a checkpoint that failed to load, and is not saved",
                 fix="restore a whole one, or build the state anew and make a new CheckpointManager",
             )
+        if not self._has_begun:
+            problem = "a branch goes on from a checkpoint, and nothing was restored"
+            raise UsageError(problem=problem, fix="done = ckpt.restore(state) before the first save")
 
-    def restore(
-        self, state: Mapping[str, Any], request: RestoreRequest, *, storage: Storage, ranks: Ranks, owns: bool
-    ) -> int:
+    def restore(self, state: Mapping[str, Any], request: RestoreRequest, *, ranks: Ranks, owns: bool) -> int:
         """Restore, and return the step that the run goes on from; 0 on a fresh directory.
 
         Args:
             state: What to load into.
             request: Which checkpoint, and which of its entries.
-            storage: The run's directory.
             ranks: The channel of the training's thread.
             owns: Whether this job is to own the directory.
 
         Raises:
-            As `restore.restore` and `Saver.own` do.
+            As `restore.branch_off`, `restore.restore` and `Saver.own` do.
 
         Ranks: all (collective); blocks until every rank has loaded.
         """
         self._saver.settle()
-        if owns:
-            self._saver.own(ranks)
-        manifest = self._load(state, request, storage=storage, ranks=ranks)
+        own = partial(self._saver.own, ranks) if owns else None
+        origin = branch_off(self._home, own=own, ranks=ranks)
+        manifest = self._load(state, request, ranks=ranks, origin=origin)
         if owns:
             self._saver.sweep()
+            if request.step is not None:
+                warn_of_newer(request.step, storage=self._home.storage, ranks=ranks)
         self._pace.restart(0 if manifest is None else manifest.step)
         if manifest is None:
             return 0
         self._saver.resume(manifest)
         self._pace.recall(manifest.timings)
         if ranks.rank == 0 and self._pace.is_auto:
-            self._pace.ended_s = past_uptimes(storage)
+            self._pace.ended_s = past_uptimes(self._home.storage)
         return manifest.step
 
     def _load(
-        self, state: Mapping[str, Any], request: RestoreRequest, *, storage: Storage, ranks: Ranks
+        self, state: Mapping[str, Any], request: RestoreRequest, *, ranks: Ranks, origin: Origin | None
     ) -> Manifest | None:
         """Load, tell of it, and return the manifest of what was loaded; None on a fresh directory."""
         fresh = request.step is None and self._is_unused
         request = replace(request, fresh=fresh, tell=self._bulletin.post)
-        self._is_unused = False
+        self._is_unused, self._has_begun = False, True
         begun = time.monotonic()
         try:
-            loaded = restore(state, request, storage=storage, ranks=ranks)
+            loaded = restore(state, request, storage=self._home.storage, ranks=ranks, origin=origin)
         except BaseException as error:
             self._is_torn = self._is_torn or is_torn(error)
             raise
@@ -116,6 +122,6 @@ class Restorer:
         if ranks.rank == 0:
             logger.info(
                 "restored step %d from %s: %.1f MB in %.2f s",
-                *(manifest.step, storage.url, manifest.num_bytes / 1e6, seconds),
+                *(manifest.step, self._home.storage.url, manifest.num_bytes / 1e6, seconds),
             )
         return manifest

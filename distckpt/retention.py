@@ -1,6 +1,7 @@
 """Retention: which checkpoints of a run to keep. Pure decisions; the catalog carries them out.
 
-Invariant: the newest checkpoint, the one that the run resumed from, and pinned ones are always kept.
+Invariant: the newest checkpoint, the one that the run resumed from, those that branches went off from, and pinned ones
+are always kept.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 from distckpt.errors import ConfigError
@@ -107,6 +109,7 @@ def decide(
     now: float,
     resumed_from: int | None = None,
     pinned: Collection[int] = (),
+    branches: Mapping[int, Sequence[str]] = MappingProxyType({}),
 ) -> list[Decision]:
     """Return what happens to each committed checkpoint, oldest first.
 
@@ -116,6 +119,7 @@ def decide(
         now: The present, in seconds since 1970.
         resumed_from: The step that the run resumed from.
         pinned: Steps that a user has pinned.
+        branches: By step, the names of the branches that went off there.
     """
     ordered = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
     best = _best(ordered, retention)
@@ -130,6 +134,7 @@ def decide(
             f"within {retention.within_s or 0:g} s": retention.within_s is not None
             and now - checkpoint.created <= retention.within_s,
             "the run resumed from it": step == resumed_from,
+            f"{', '.join(branches.get(step, ()))} went off from it": bool(branches.get(step)),
             "pinned": step in pinned,
         }
         decisions.append(Decision(step=step, reasons=tuple(reason for reason, holds in rules.items() if holds)))

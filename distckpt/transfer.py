@@ -1,15 +1,19 @@
 """Transfer: a checkpoint copied from one storage to another, as whole and as durable as if it had been saved there.
 
 The copy has the source's manifest, byte for byte, and its data files under the same names. A file that is durable at
-the target gets a marker beside it; a copy that is begun again takes such files as they are. What a killed copy left
-without a marker is never used, nor touched while it could be another copy's work: the file is then written under a new
-name, which the copy's manifest states, and everything else about it stays the same.
+the target gets a marker beside it; a copy that is begun again takes such files as they are. Of an unfinished file it
+goes on after what is right of it: by its digests, or, of an upload, by what the server has acknowledged. Copies of one
+checkpoint write the same bytes to the same places, so two at once do no harm. What else lies there under a file's name
+is never touched: the file is then written under a new one, which the copy's manifest states, and everything else about
+it stays the same.
+It needs no ownership of the target: a job there that deletes what it does not know makes the copy fail, not lie.
 Invariant: the manifest is published last, when every data file is durable and each of its segments was checked.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from distckpt import catalog, names
+from distckpt import catalog, names, verification
 from distckpt.checksum import digest
 from distckpt.errors import (
     CheckpointDamagedError,
@@ -28,7 +32,9 @@ from distckpt.errors import (
     StorageError,
 )
 from distckpt.manifest import MAX_BYTES, DataFile, Manifest, Segment, parse, serialize
-from distckpt.storage import Storage
+from distckpt.storage import ContinuingStorage, KeepsUploads, Storage
+
+logger = logging.getLogger("distckpt")
 
 NUM_FILES = 4  # copied at a time
 NUM_AHEAD = 4  # segments of each that are read ahead of the writing: at most 4 x 5 x 4 MiB in memory
@@ -106,12 +112,7 @@ def copy(
     stored = _usable(target, manifest)
     reused_bytes = sum(file.num_bytes for file in manifest.files if file.name in stored)
     advance(reused_bytes)
-    taken = target.sizes()
-    aside = f"{_ASIDE}{names.new_attempt()}"
-    todo = [file for file in manifest.files if file.name not in stored]
-    for file in todo:
-        stored[file.name] = file.name if file.name not in taken else names.join(aside, file.name)
-    _copy_files(source, target, manifest, stored, files=todo, advance=advance)
+    reused_bytes += _copy_files(source, target, manifest, stored, advance=advance)
     made = replace(manifest, files=tuple(replace(file, name=stored[file.name]) for file in manifest.files))
     if pinned:
         with suppress(FileExistsError):
@@ -161,8 +162,8 @@ def _nameless(manifest: Manifest) -> bytes:
     return serialize(replace(manifest, files=files))
 
 
-def _wrong(place: Place, manifest: Manifest) -> Iterator[catalog.Problem]:
-    return catalog.wrong_sizes(place.sizes(), manifest)
+def _wrong(place: Place, manifest: Manifest) -> Iterator[verification.Problem]:
+    return verification.wrong_sizes(place.sizes(), manifest)
 
 
 def _usable(target: Place, manifest: Manifest) -> dict[str, str]:
@@ -197,25 +198,34 @@ def _copy_files(
     manifest: Manifest,
     stored: dict[str, str],
     *,
-    files: list[DataFile],
     advance: Callable[[int], object],
-) -> None:
-    """Copy files, several at a time; after a failure none is begun, and those in flight end at the next segment."""
-    stop = threading.Event()
+) -> int:
+    """Copy the files that are not stored yet, and return how many of their bytes were there.
 
-    def copy_one(file: DataFile) -> None:
+    Several go at a time; after a failure none is begun, and those in flight end at the next segment.
+    """
+    stop = threading.Event()
+    taken = target.sizes()
+    aside = f"{_ASIDE}{names.new_attempt()}"
+    files = [file for file in manifest.files if file.name not in stored]
+    if not files:
+        return 0
+
+    def copy_one(file: DataFile) -> int:
+        begin = _begun(target, file)
+        advance(begin)
+        stored[file.name] = file.name if begin or file.name not in taken else names.join(aside, file.name)
         name = target.inside(stored[file.name])
         # The threads are this function's, not the generator's: one that a failed `put` leaves behind is collected in
         # whatever thread, and must have nothing to wait for.
         with ThreadPoolExecutor(NUM_AHEAD, thread_name_prefix="distckpt-read") as readers:
-            chunks = _checked(source, manifest, file, readers=readers, stop=stop, advance=advance)
-            target.storage.put(name, chunks, num_bytes=file.num_bytes)
+            chunks = _checked(source, manifest, file, begin, readers=readers, stop=stop, advance=advance)
+            _put(target.storage, name, chunks, begin=begin, num_bytes=file.num_bytes)
         target.storage.sync([name])
         with suppress(FileExistsError):
             target.storage.publish(f"{name}{MARKER}", _facts(manifest, file))
+        return begin
 
-    if not files:
-        return
     with ThreadPoolExecutor(NUM_FILES, thread_name_prefix="distckpt-copy") as pool:
         working = [pool.submit(copy_one, file) for file in files]
         try:
@@ -227,6 +237,48 @@ def _copy_files(
     for error in failed:
         if error is not None and not isinstance(error, _StoppedError):
             raise error
+    return sum(future.result() for future in working)
+
+
+def _put(storage: Storage, name: str, chunks: Iterator[memoryview], *, begin: int, num_bytes: int) -> None:
+    """Write a file from `begin` on, so that a try that is killed can be gone on with, where the storage can do that."""
+    if not isinstance(storage, ContinuingStorage):
+        storage.put(name, chunks, num_bytes=num_bytes)
+        return
+    try:
+        storage.put_rest(name, chunks, begin=begin, num_bytes=num_bytes)
+    except CheckpointDamagedError:  # of the source: this will never be whole
+        with suppress(DistckptError):
+            if isinstance(storage, KeepsUploads):
+                found = [each for each in storage.uploads(older_than_s=0.0) if each.path.endswith(f"/{name}")]
+                storage.abort_uploads(found)
+            storage.delete([name])
+        raise
+
+
+def _begun(target: Place, file: DataFile) -> int:
+    """Return how many of a file's first bytes the target has of a copy that was killed, and that are the right ones."""
+    storage, name = target.storage, target.inside(file.name)
+    if not isinstance(storage, ContinuingStorage):
+        return 0
+    try:
+        found = storage.begun(name, num_bytes=file.num_bytes)
+    except StorageError as error:  # some servers, and some rights, know of no unfinished uploads
+        logger.debug("%s is copied from its beginning: %s", name, error)
+        return 0
+    if found.is_sure:
+        return found.num_bytes
+    good = 0
+    for segment in file.segments:
+        view = memoryview(bytearray(segment.num_bytes))
+        if good + segment.num_bytes > found.num_bytes:
+            break
+        with suppress(FileNotFoundError, EOFError):
+            storage.read(name, good, view)
+        if digest(view) != segment.digest:
+            break
+        good += segment.num_bytes
+    return good
 
 
 class _StoppedError(Exception):
@@ -237,16 +289,18 @@ def _checked(
     source: Place,
     manifest: Manifest,
     file: DataFile,
+    begin: int,
     *,
     readers: ThreadPoolExecutor,
     stop: threading.Event,
     advance: Callable[[int], object],
 ) -> Iterator[memoryview]:
-    """Yield a file's segments, each checked against its digest, read a few ahead."""
+    """Yield a file's bytes from `begin` on, segments that were checked against their digests, read a few ahead."""
     waiting: deque[Future[memoryview]] = deque()
     offset = 0
     for segment in file.segments:
-        waiting.append(readers.submit(_read, source, manifest, file, offset, segment))
+        if offset + segment.num_bytes > begin:
+            waiting.append(readers.submit(_read, source, manifest, file, offset, segment, begin=begin))
         offset += segment.num_bytes
         if len(waiting) > NUM_AHEAD:
             yield from _next(waiting, stop, advance)
@@ -264,7 +318,10 @@ def _next(
     advance(len(data))
 
 
-def _read(source: Place, manifest: Manifest, file: DataFile, offset: int, segment: Segment) -> memoryview:
+def _read(
+    source: Place, manifest: Manifest, file: DataFile, offset: int, segment: Segment, *, begin: int
+) -> memoryview:
+    """Return what of a segment stands after the file's byte `begin`, once all of it is checked."""
     view = memoryview(bytearray(segment.num_bytes))
     problem = None
     try:
@@ -277,7 +334,7 @@ def _read(source: Place, manifest: Manifest, file: DataFile, offset: int, segmen
         problem = f"has wrong bytes between {offset:,} and {offset + segment.num_bytes:,}"
     if problem is not None:
         raise CheckpointDamagedError(path=source.path, step=manifest.step, file=file.name, problem=problem)
-    return view
+    return view[max(0, begin - offset) :]
 
 
 def _publish(target: Place, manifest: Manifest, data: bytes) -> Manifest:

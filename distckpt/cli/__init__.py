@@ -18,6 +18,7 @@ In it times are seconds since 1970, sizes bytes, and numbers that JSON lacks the
 | 4 | the storage failed |
 | 5 | a checkpoint or file that is needed is damaged, of a newer format, or not safe to open |
 | 6 | what was to be made exists already, and is something else |
+| 7 | a job that runs owns the directory |
 | 70 | a bug in distckpt |
 
 Invariant: torch is imported by `import` and by `export` to torch and DCP alone; checkpoints are deleted by

@@ -29,7 +29,7 @@ from distckpt.version import __version__
 _EPILOG = (
     "Exit codes: 0 fine, whole, the same; 1 damage found, or different, or unwell; 2 wrong usage; 3 no checkpoint "
     "there; 4 the storage failed; 5 what is needed is damaged, of a newer format, or not safe to open; 6 what was to "
-    "be made exists already."
+    "be made exists already; 7 a running job owns the directory; 70 a bug in distckpt."
 )
 
 

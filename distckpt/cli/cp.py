@@ -2,13 +2,14 @@
 
 Checkpoints come to lie in DST as they lie in a run: DST/step-...; or in DST itself, if that is what its name says.
 Each is committed like a save, its manifest last, every byte checked on the way. What is there already is not copied
-again: whole checkpoints, and of one whose copy was killed, the files that it had finished.
+again: whole checkpoints, and of one whose copy was killed, what it had done, also of the files that it was at.
 A pinned checkpoint's copy is pinned.
 
 JSON: {"source", "target", "bytes" (written), "reused_bytes" (of earlier copies), "seconds", "checkpoints": [...]},
 newest first, each with "step", "path" (at the target), "action" ("copied", "present" or "damaged": left out), "bytes",
 "reused_bytes", "problem" (of a damaged one, else null).
-Exit code 5 if one was damaged, after the others are copied; 6 if the target has another checkpoint of that step.
+Exit code 5 if one was damaged, after the others are copied; 6 if the target has another checkpoint of that step; 7 if a
+job that runs owns it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from distckpt.cli import terminal
 from distckpt.cli.exits import Exit
 from distckpt.cli.options import AsJson, Step, StorageOptions, is_local, open_url, parse_options
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError
+from distckpt.leasefiles import refuse_running
 from distckpt.storage import FileInfo, Storage
 from distckpt.transfer import Copied, Place, copy
 
@@ -58,6 +60,7 @@ def cp(
     target = open_url(dst, target_options or (None if is_mixed and is_local(dst) else storage_options))
     chosen = _chosen(source, src, step=step, last=last)
     _refuse_nonsense(source, target, chosen)
+    refuse_running(target)
     begun = time.monotonic()
     results = []
     with terminal.moving("copying", total_bytes=sum(_data_bytes(files) for _, files, _ in chosen)) as advance:

@@ -7,6 +7,7 @@ tensors' {"dtype", "shape", "bytes"}. Of a tensor that has other bytes it also h
 many of these are NaN on one side only), "max_absolute" and "max_relative" (the largest |b - a|, alone and divided by
 max(|a|, |b|); null if nothing can be compared).
 "apart" is what differs and does not count: {name: {"a", "b"}}.
+Tensors whose bytes lie under equal digests are the same, and are not read.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from distckpt.cli import terminal
 from distckpt.cli.entries import tensor_text, value_text
 from distckpt.cli.exits import Exit
 from distckpt.cli.options import AsJson, StorageOptions, is_local, open_url
+from distckpt.cli.tables import Row, print_table
 from distckpt.manifest import Manifest
 from distckpt.values import Json
 
@@ -89,12 +91,10 @@ def _print_changes(first: Source, second: Source, changes: list[Change]) -> None
     if not changes:
         console.print(Text.assemble(("the same", "green"), f"  {_content_text(first.manifest)}"))
         return
-    table = terminal.make_table(["", "entry", "a", "b"])
-    table.columns[0].no_wrap = True
-    for change in changes[:_MOST_LINES]:
-        table.add_row(Text(change.kind, _STYLES[change.kind]), change.name, *_sides(change))
     console.print()
-    console.print(table)
+    shown = changes[:_MOST_LINES]
+    rows = [Row(cells=(Text(one.kind, _STYLES[one.kind]), one.name, *_sides(one))) for one in shown]
+    print_table(["", "entry", "a", "b"], rows, fixed=1)
     if len(changes) > _MOST_LINES:
         console.print(f"and {len(changes) - _MOST_LINES:,} more: --json has them all")
     counts = Counter("key order" if change.what == "order" else change.what for change in changes)
@@ -143,7 +143,7 @@ def _side_text(change: Change, side: Json) -> str:
 
 def _print_apart(apart: dict[str, tuple[Json, Json]]) -> None:
     """Print what differs and does not count; of mappings what differs in them."""
-    table = terminal.make_table(["not state", "a", "b"])
+    rows = []
     texts = {"created": terminal.moment_text, "bytes": terminal.size_text}
     for name, (before, after) in apart.items():
         text = texts.get(name, terminal.setting_text)
@@ -151,8 +151,7 @@ def _print_apart(apart: dict[str, tuple[Json, Json]]) -> None:
         for inner in [*olds, *(inner for inner in news if inner not in olds)]:
             old, new = olds.get(inner, ""), news.get(inner, "")
             if old != new:
-                table.add_row(inner, old, new, style="dim")
-    if table.row_count:
-        console = terminal.output()
-        console.print()
-        console.print(table)
+                rows.append(Row(cells=(inner, old, new), style="dim"))
+    if rows:
+        print()
+        print_table(["not state", "a", "b"], rows)

@@ -10,6 +10,7 @@ Exit code 1 if anything is bad.
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ import typer
 from distckpt.cli import terminal
 from distckpt.cli.exits import Exit
 from distckpt.cli.options import AsJson, StorageOptions, open_url, parse_size
+from distckpt.cli.tables import Row, print_table
 
 _STYLES = {"good": "green", "warning": "yellow", "bad": "bold red", "unknown": "dim"}
 
@@ -77,10 +79,10 @@ def doctor(
 def _print(findings: list[Any]) -> None:
     from rich.text import Text
 
-    table = terminal.make_table(["check", "", "found"])
-    for column in table.columns[:-1]:
-        column.no_wrap = True
+    rows = []
     for found in findings:
-        text = found.text + (f"\nFix: {found.facts['fix']}" if "fix" in found.facts else "")
-        table.add_row(found.name, Text(found.verdict, _STYLES[found.verdict]), text)
-    terminal.output().print(table)
+        rows.append(Row(cells=(found.name, Text(found.verdict, _STYLES[found.verdict]), found.text)))
+        if "fix" in found.facts:
+            rows.append(Row(cells=("", "", f"Fix: {found.facts['fix']}")))
+    print_table(["check", "", "found"], rows, fixed=-1)
+    sys.stdout.flush()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distckpt import names, trees
 from distckpt.manifest import Manifest, TensorEntry
@@ -67,16 +67,26 @@ def forest(manifest: Manifest) -> list[Node]:
     return grown
 
 
-def walk(nodes: list[Node] | tuple[Node, ...], *, guide: str | None = None) -> Iterator[tuple[str, Node]]:
-    """Yield every node with the lines that lead to it, from above to below."""
+def walk(
+    nodes: list[Node] | tuple[Node, ...], *, guide: str | None = None, depth: int | None = None
+) -> Iterator[tuple[str, Node]]:
+    """Yield every node with the lines that lead to it, from above to below; below `depth` levels only how many."""
+    below = None if depth is None else depth - 1
     for node in nodes:
         is_last = node is nodes[-1]
-        if guide is None:
-            yield "", node
-            yield from walk(node.inner, guide="")
+        lead, deeper = ("", "") if guide is None else (guide + ("└─ " if is_last else "├─ "), guide)
+        if guide is not None:
+            deeper += "   " if is_last else "│  "
+        if below == 0 and node.inner:
+            yield lead, replace(node, text=f"{num_leaves(node):,} entries")
         else:
-            yield guide + ("└─ " if is_last else "├─ "), node
-            yield from walk(node.inner, guide=guide + ("   " if is_last else "│  "))
+            yield lead, node
+            yield from walk(node.inner, guide=deeper, depth=below)
+
+
+def num_leaves(node: Node) -> int:
+    """Return how many entries are below a node that has some."""
+    return sum(num_leaves(inner) if inner.inner else 1 for inner in node.inner)
 
 
 def value_text(tree: Json) -> str:

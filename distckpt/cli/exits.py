@@ -11,6 +11,7 @@ from distckpt.errors import (
     CheckpointNotFoundError,
     ConfigError,
     DependencyError,
+    DirectoryBusyError,
     DistckptError,
     FormatVersionError,
     StateMismatchError,
@@ -31,6 +32,7 @@ class Exit(IntEnum):
     STORAGE = 4
     UNREADABLE = 5
     EXISTS = 6
+    BUSY = 7
     BUG = 70
 
 
@@ -43,6 +45,8 @@ def exit_of(error: DistckptError) -> Exit:
             return Exit.NOTHING
         case CheckpointExistsError():
             return Exit.EXISTS
+        case DirectoryBusyError():
+            return Exit.BUSY
         case StorageError():
             return Exit.EXISTS if error.errno == errno.EEXIST else Exit.STORAGE
         case CheckpointDamagedError() | FormatVersionError():

@@ -20,6 +20,7 @@ import typer
 from distckpt import names
 from distckpt.cli import terminal
 from distckpt.cli.options import AsJson, StorageOptions, open_url
+from distckpt.leasefiles import refuse_running
 
 
 class Format(StrEnum):
@@ -68,6 +69,7 @@ def import_(
     """Take in what torch.save, safetensors or DCP wrote, without running any of it, as a checkpoint of a run."""
     renamed = dict(_pair(text) for text in rename or ())
     storage = open_url(url, storage_options)
+    refuse_running(storage)
     from distckpt.exchange import intake
 
     begun = time.monotonic()

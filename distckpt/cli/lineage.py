@@ -1,7 +1,7 @@
 """Lineage: which checkpoint each one's run went on from, drawn as lines.
 
 A line of checkpoints, each the parent of the next, stays at one depth; what branches off is drawn below it, indented,
-and the line that leads to the newest checkpoint goes on.
+and the line that stays in its branch, or else leads to the newest checkpoint, goes on.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ def lines_of(found: list[Found]) -> Iterator[tuple[int, str, str]]:
             above = None
         elif wanted is not None and above is None:
             notes[index] = f" (from {wanted.get('step')}, which is gone)"
+        if one.branch and (above is None or found[above].branch != one.branch):
+            notes[index] = f" ({one.branch})" + notes.get(index, "")
         children[above].append(index)
     ends = _ends(found, children)
+    ranking = {index: (one.branch, ends[index]) for index, one in enumerate(found)}
     for root in children[None]:
-        yield from _line(root, "", children, ends, notes)
+        yield from _line(root, "", children, ranking, notes)
 
 
 def _ends(found: list[Found], children: dict[int | None, list[int]]) -> dict[int, float]:
@@ -41,7 +44,11 @@ def _ends(found: list[Found], children: dict[int | None, list[int]]) -> dict[int
 
 
 def _line(
-    first: int, guide: str, children: dict[int | None, list[int]], ends: dict[int, float], notes: dict[int, str]
+    first: int,
+    guide: str,
+    children: dict[int | None, list[int]],
+    ranking: dict[int, tuple[str, float]],
+    notes: dict[int, str],
 ) -> Iterator[tuple[int, str, str]]:
     """Yield a line of checkpoints and the branches off it."""
     index: int | None = first
@@ -51,8 +58,9 @@ def _line(
         lead = guide.replace("├─ ", "│  ").replace("└─ ", "   ")
         guide = lead
         below = children.get(index, [])
-        main = max(below, key=lambda child: ends[child], default=None)
+        own = ranking[index][0]
+        main = max(below, key=lambda child: (ranking[child][0] == own, ranking[child][1]), default=None)
         for branch in below:
             if branch != main:
-                yield from _line(branch, f"{lead}├─ ", children, ends, notes)
+                yield from _line(branch, f"{lead}├─ ", children, ranking, notes)
         index = main

@@ -1,16 +1,17 @@
 """`distckpt ls URL`: what a run's directory holds.
 
 With `--keep N` also what retention would do with each, and why (a running job also keeps the one that it resumed from,
-which cannot be seen here); with `--tree` by lineage: each checkpoint below the one
-that its run went on from.
+which cannot be seen here); with `--tree` by lineage: each checkpoint below the one that its run went on from, those of
+the run's branches among them.
 
-JSON: {"url", "outcome", "checkpoints": [...]}.
+JSON: {"url", "outcome", "branches": [...], "checkpoints": [...]}.
 "outcome" is how the latest job that saved here stands, null if none said anything: "state" ("complete", "preempted",
 "failed", "running", or "unknown": it ended without a word), "host" and "pid" of its rank 0, "since" and "renewed" (when
 it began, and last gave a sign of life), and "step", "time" and "reason" of its end (null: it said nothing of it).
 A preempted one's "step" is what the next start goes on from, and its "reason" says what asked it to stop, how much time
 was left, and what was done in it.
-"checkpoints" come oldest step first, each with
+"branches" are those that went off from checkpoints of the run itself, each with "name", "path" and "step" (where).
+"checkpoints" come oldest step first, with --tree also those of branches, each with "branch" (null: the run itself),
 "step" (null: unknown), "path", "state" ("committed", "partial", "damaged" or "newer format"), "problem" (of a damaged
 or newer one, else null), "bytes" (of the data files; of all files if it is not committed), "modified" (the newest
 file's time, null: unknown), "pinned"; null unless it is committed, "created", "world_size", "layout",
@@ -20,6 +21,7 @@ file's time, null: unknown), "pinned"; null unless it is committed, "created", "
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ from distckpt.cli import terminal
 from distckpt.cli.lineage import lines_of
 from distckpt.cli.options import AsJson, StorageOptions, Url, open_url
 from distckpt.cli.prune import Item, make_plan
+from distckpt.cli.tables import Row, print_table
 from distckpt.inventory import Found
 from distckpt.leasefiles import standing
 from distckpt.retention import Retention
@@ -58,25 +61,45 @@ def ls(
 ) -> None:
     """List the checkpoints of a run: one line each, also for partial and damaged ones."""
     storage = open_url(url, storage_options)
-    found = inventory.take(storage, brief=True)
+    found = inventory.take(storage, brief=True, branches=tree)
+    found.sort(key=lambda one: -1 if one.step is None else one.step)
     retention = None if keep is None else Retention(last=keep)
     plan = [None for _ in found] if retention is None else _plan(found, retention)
     if as_json:
         listed = [_facts(storage.url, one, item) for one, item in zip(found, plan, strict=True)]
-        terminal.print_json({"url": storage.url, "outcome": _outcome(storage), "checkpoints": listed})
+        facts = {"url": storage.url, "outcome": _outcome(storage), "branches": _branches(storage.url, found)}
+        terminal.print_json({**facts, "checkpoints": listed})
         return
     _print_table(found, plan, tree=tree)
     _print_summary(url, found)
+    _print_branches(url, _branches(storage.url, found), tree=tree)
     _print_outcome(_outcome(storage))
 
 
 def _plan(found: list[Found], retention: Retention) -> list[Item | None]:
-    return [*make_plan(found, retention, partial=False, now=time.time())]
+    """Return what would happen to each; every branch has a retention of its own."""
+    plan: dict[int, Item] = {}
+    for branch in {one.branch for one in found}:
+        own = [one for one in found if one.branch == branch]
+        for item in make_plan(own, retention, partial=False, now=time.time()):
+            plan[id(item.found)] = item
+    return [plan[id(one)] for one in found]
+
+
+def _branches(url: str, found: list[Found]) -> list[dict[str, Any]]:
+    """Return the branches that went off from the run itself."""
+    return [
+        {"name": name, "path": names.join(url, names.branch_folder(name)), "step": one.step}
+        for one in found
+        if one.folder is not None and not one.branch
+        for name in one.folder.branches
+    ]
 
 
 def _facts(url: str, found: Found, item: Item | None) -> dict[str, Any]:
     checkpoint = found.checkpoint
     return {
+        "branch": found.branch or None,
         "step": found.step,
         "path": names.join(url, found.name),
         "state": found.state,
@@ -113,6 +136,13 @@ def _outcome(storage: Storage) -> dict[str, Any] | None:
     }
 
 
+def _print_branches(url: str, branches: list[dict[str, Any]], *, tree: bool) -> None:
+    """Say which branches there are."""
+    for branch in branches:
+        more = "" if tree else f": distckpt ls {url} --tree"
+        terminal.say(f"branch {branch['name']} went off from step {branch['step']:,}{more}")
+
+
 def _print_outcome(outcome: dict[str, Any] | None) -> None:
     """Say how the latest job stands."""
     if outcome is None:
@@ -137,9 +167,7 @@ def _print_table(found: list[Found], plan: Sequence[Item | None], *, tree: bool)
     if has_plan:
         columns.insert(2, "retention")
     right = ["created", "size", "ranks"] if tree else ["step", "created", "size", "ranks"]
-    table = terminal.make_table(columns, right=right)
-    for column in table.columns[:-1]:
-        column.no_wrap = True
+    rows = []
     for index, guide, note in lines_of(found) if tree else [(index, "", "") for index in range(len(found))]:
         one, item = found[index], plan[index]
         state = Text(one.state, _STYLES[one.state])
@@ -157,8 +185,9 @@ def _print_table(found: list[Found], plan: Sequence[Item | None], *, tree: bool)
         ]
         if has_plan:
             cells.insert(2, _retention_text(item))
-        table.add_row(*cells, style="" if facts else "dim")
-    terminal.output().print(table)
+        rows.append(Row(cells=cells, style="" if facts else "dim"))
+    print_table(columns, rows, right=right, fixed=-1)
+    sys.stdout.flush()
 
 
 def _retention_text(item: Item | None) -> Any:

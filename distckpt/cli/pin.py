@@ -35,13 +35,9 @@ def _locate(storage: Storage, step: int | None, *, also_damaged: bool = False) -
         folder, manifest = catalog.locate(storage, step=step)
     except CheckpointNotFoundError:
         folders = {one.step: one for one in catalog.scan(storage)}
-        if step is None or not folders:
+        if step is None or not also_damaged or step not in folders:
             raise
-        if also_damaged and step in folders:
-            return folders[step].name, step
-        steps = ", ".join(f"{one.step}" for one in folders.values() if one.committed)
-        reason = f"of step {step} there is none; committed are {steps or 'none'}"
-        raise CheckpointNotFoundError(path=storage.url, reason=reason) from None
+        return folders[step].name, step
     return folder, manifest.step
 
 

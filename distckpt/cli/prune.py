@@ -8,6 +8,7 @@ A partial or damaged one that changes between plan and deletion is left; its act
 from __future__ import annotations
 
 import difflib
+import sys
 import time
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -18,6 +19,7 @@ import typer
 from distckpt import catalog, inventory, names
 from distckpt.cli import terminal
 from distckpt.cli.options import AsJson, StorageOptions, open_url
+from distckpt.cli.tables import Row, print_table
 from distckpt.errors import ConfigError
 from distckpt.inventory import Found
 from distckpt.retention import Retention, decide
@@ -99,7 +101,7 @@ def prune(
 ) -> None:
     """Show which checkpoints of a run would go, and why the others stay; with --yes, delete.
 
-    The newest committed checkpoint always stays, and so do pinned ones.
+    The newest committed checkpoint always stays, and so do pinned ones, and those that a branch went off from.
     """
     retention = _retention(last=last, best=best, metric=metric, mode=mode, every=every, within_s=within_s)
     if retention is None and not partial:
@@ -159,7 +161,9 @@ def make_plan(found: list[Found], retention: Retention | None, *, partial: bool,
     """
     committed = [one.checkpoint for one in found if one.checkpoint is not None]
     pinned = [one.step for one in found if one.pinned and one.step is not None]
-    decisions = {} if retention is None else {d.step: d for d in decide(committed, retention, now=now, pinned=pinned)}
+    branches = catalog.branched(one.folder for one in found if one.folder is not None)
+    decided = [] if retention is None else decide(committed, retention, now=now, pinned=pinned, branches=branches)
+    decisions = {decision.step: decision for decision in decided}
     newest = max((checkpoint.step for checkpoint in committed), default=-1)
     plan = []
     for one in found:
@@ -235,14 +239,13 @@ def _facts(url: str, plan: list[Item], *, done: bool) -> dict[str, Any]:
 def _print_plan(plan: list[Item]) -> None:
     from rich.text import Text
 
-    table = terminal.make_table(["step", "state", "size", "", "reason"], right=["step", "size"])
-    for column in table.columns[:-1]:
-        column.no_wrap = True
+    rows = []
     for item in plan:
         action = Text("delete", "bold red") if item.goes else Text("keep", "green")
         size = terminal.size_text(item.found.num_bytes)
-        table.add_row(f"{item.found.step:,}", item.found.state, size, action, "; ".join(item.reasons))
-    terminal.output().print(table)
+        rows.append(Row(cells=(f"{item.found.step:,}", item.found.state, size, action, "; ".join(item.reasons))))
+    print_table(["step", "state", "size", "", "reason"], rows, right=["step", "size"], fixed=-1)
+    sys.stdout.flush()
 
 
 def _print_summary(plan: list[Item], *, done: bool) -> None:

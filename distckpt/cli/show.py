@@ -10,36 +10,50 @@ null), "pinned", "files" ([{"name", "rank", "bytes"}]), "keys" ([{"name", "kind"
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Annotated, Any
+
+import typer
 
 from distckpt import catalog, names, trees
 from distckpt.cli import terminal
 from distckpt.cli.entries import forest, walk
 from distckpt.cli.options import AsJson, Step, StorageOptions, Url, open_url
+from distckpt.cli.tables import Row, print_facts, print_table
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.inventory import take
 from distckpt.manifest import Manifest
 
+_MOST_ROWS = 2_000  # on a terminal; nobody scrolls further
 
-def show(url: Url, *, step: Step = None, as_json: AsJson = False, storage_options: StorageOptions = None) -> None:
+Depth = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Show N levels of entries, and how many are below.", show_default=False),
+]
+
+
+def show(
+    url: Url,
+    *,
+    step: Step = None,
+    depth: Depth = None,
+    as_json: AsJson = False,
+    storage_options: StorageOptions = None,
+) -> None:
     """Show one checkpoint: its facts, configuration and entries. Of a run, the newest one."""
     storage = open_url(url, storage_options)
     try:
         folder, manifest = catalog.locate(storage, step=step)
     except CheckpointNotFoundError:
-        found = take(storage)  # if there is nothing at all, this says what there is instead
-        if step is None:
-            raise
-        steps = ", ".join(f"{one.step}" for one in found if one.checkpoint)
-        reason = f"of step {step} there is none; committed are {steps or 'none'}"
-        raise CheckpointNotFoundError(path=storage.url, reason=reason) from None
+        take(storage)  # if there is nothing at all, this says what there is instead
+        raise
     path = names.join(storage.url, folder)
     is_pinned = any(file.name.endswith(names.PIN) for file in storage.list(folder))
     if as_json:
         terminal.print_json({"url": storage.url, "path": path, "pinned": is_pinned, **_facts(manifest)})
         return
     _print_facts(path, manifest, is_pinned=is_pinned)
-    _print_entries(manifest)
+    _print_entries(manifest, depth=depth)
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
@@ -94,36 +108,25 @@ def _print_facts(path: str, manifest: Manifest, *, is_pinned: bool) -> None:
         "timings": "  ".join(f"{name.removesuffix('_s')} {value:.3g} s" for name, value in manifest.timings.items()),
         "versions": "  ".join(f"{name} {value}" for name, value in manifest.versions.items()),
     }
-    console = terminal.output()
-    console.print(_grid({name: text for name, text in facts.items() if text}))
+    print_facts({name: text for name, text in facts.items() if text})
     if manifest.config:
-        console.print("\nconfiguration", style="bold")
-        console.print(_grid(dict(terminal.flattened(manifest.config, ""))))
+        print("\nconfiguration")
+        print_facts(dict(terminal.flattened(manifest.config, "")))
 
 
-def _grid(facts: dict[str, str]) -> Any:
-    from rich.table import Table
-
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="cyan", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in facts.items():
-        grid.add_row(name, text)
-    return grid
-
-
-def _print_entries(manifest: Manifest) -> None:
-    table = terminal.make_table(["entry", "type", "shape or value", "size", "share"], right=["size", "share"])
-    for index in (0, 3, 4):
-        table.columns[index].no_wrap = True
+def _print_entries(manifest: Manifest, *, depth: int | None) -> None:
     nodes = forest(manifest)
     whole = sum(node.num_bytes or 0 for node in nodes) or 1
-    for guide, node in walk(nodes):
+    rows = []
+    for guide, node in walk(nodes, depth=depth):
         size, share = "", ""
         if node.num_bytes is not None:
             size, share = terminal.size_text(node.num_bytes), f"{100 * node.num_bytes / whole:.1f} %"
         style = "dim" if node.inner and guide else ""
-        table.add_row(guide + node.label, node.kind, node.text, size, share, style=style)
-    console = terminal.output()
-    console.print()
-    console.print(table)
+        rows.append(Row(cells=(guide + node.label, node.kind, node.text, size, share), style=style))
+    num_hidden = max(0, len(rows) - _MOST_ROWS) if sys.stdout.isatty() else 0
+    print()
+    columns = ["entry", "type", "shape or value", "size", "share"]
+    print_table(columns, rows[: len(rows) - num_hidden], right=["size", "share"], fixed=2)
+    if num_hidden:
+        terminal.say(f"and {num_hidden:,} more lines: --depth 2 for less, or a pipe for all of them: | less")

@@ -63,6 +63,11 @@ def _console(**options: Any) -> Console:
     return VisibleConsole(highlight=False, markup=False, **options)
 
 
+def visible(text: str) -> str:
+    """Return text on one line, with control characters shown instead of sent."""
+    return text.translate(_VISIBLE).replace("\n", "\\x0a")
+
+
 def print_json(value: dict[str, Any]) -> None:
     """Print a command's answer as JSON."""
     print(json.dumps(finite(value), indent=2, allow_nan=False))

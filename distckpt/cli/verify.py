@@ -16,14 +16,14 @@ from typing import Annotated, Any
 
 import typer
 
-from distckpt import catalog, inventory, names
-from distckpt.catalog import EVERYTHING, Problem, Sample
+from distckpt import catalog, inventory, names, verification
 from distckpt.cli import terminal
 from distckpt.cli.exits import Exit
 from distckpt.cli.options import AsJson, Step, StorageOptions, Url, open_url
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
 from distckpt.inventory import Found
 from distckpt.storage import Storage
+from distckpt.verification import EVERYTHING, Problem, Sample
 
 
 def _parse_sample(text: str) -> Sample:
@@ -91,7 +91,7 @@ def _verify(storage: Storage, found: Found, part: Sample) -> dict[str, Any] | No
         try:
             manifest = catalog.read_manifest(storage, found.name)
             num_files, num_bytes = len(manifest.files), part.num_bytes(manifest)
-            problems = list(catalog.verify(storage, manifest, folder=found.name, sample=part))
+            problems = list(verification.verify(storage, manifest, folder=found.name, sample=part))
             if problems:
                 catalog.read_manifest(storage, found.name)  # who deletes a checkpoint begins with the manifest
         except CheckpointNotFoundError:

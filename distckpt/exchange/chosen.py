@@ -5,6 +5,7 @@ Invariant: an entry's name here is the one that the user's state has for it: tie
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,8 +79,12 @@ def choose(source: Source, *, key: str | None = None, only: Sequence[str] = ()) 
     objects = source.manifest.objects
     if key is not None:
         if key not in objects:
-            known = ", ".join(sorted(objects))
-            raise ConfigError(source="key", problem=f"the checkpoint has no key {key!r}; it has {known}")
+            near = difflib.get_close_matches(key, objects, n=1)
+            raise ConfigError(
+                source="key",
+                problem=f"the checkpoint has no key {key!r}; it has {', '.join(sorted(objects))}",
+                fix=f"--key {near[0]}" if near else None,
+            )
         objects = {key: objects[key]}
     if not only:
         return Chosen(source=source, objects=dict(objects), key=key, whole=key is None)

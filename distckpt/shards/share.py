@@ -213,7 +213,11 @@ def publish(storage: Storage, folder: str, manifest: Manifest, *, texts: Mapping
     try:
         storage.publish(name, data)
     except FileExistsError as error:
-        raise CheckpointExistsError(path=names.join(storage.url, name), found=_who(storage, name)) from error
+        fix = None
+        if manifest.parent is not None:  # what went on from an older one meets what came after that
+            fix = "go on from there in a branch, and leave this one as it is: "
+            fix += f'CheckpointManager({storage.url!r}, at={manifest.parent["step"]}, branch="NAME")'
+        raise CheckpointExistsError(path=names.join(storage.url, name), found=_who(storage, name), fix=fix) from error
     return len(data)
 
 

@@ -2,8 +2,10 @@
 
 from distckpt.storage.clients import Upload
 from distckpt.storage.contract import (
+    Begun,
     Buffer,
     Capabilities,
+    ContinuingStorage,
     FileInfo,
     OpenFile,
     Readable,
@@ -18,8 +20,10 @@ from distckpt.storage.opening import open_storage
 from distckpt.storage.wrappers import CountingStorage, VerbCount
 
 __all__ = [
+    "Begun",
     "Buffer",
     "Capabilities",
+    "ContinuingStorage",
     "CountingStorage",
     "FileInfo",
     "KeepsUploads",

@@ -75,6 +75,14 @@ class Client(Protocol):
         """Write an object, and leave nothing if that fails, also when `chunks` raises."""
         ...
 
+    def begun(self, path: str, num_bytes: int) -> int:
+        """Return how many of its first bytes the server has of an unfinished upload of an object of `num_bytes`."""
+        ...
+
+    def upload_rest(self, path: str, chunks: Iterable[Buffer], begin: int, num_bytes: int) -> int:
+        """Write an object from byte `begin` on; if that fails, what the server has is left for the next try."""
+        ...
+
     def create(self, path: str, data: bytes) -> None:
         """Write a small object in one request, unless it exists; any error may mean that it exists."""
         ...
@@ -150,6 +158,15 @@ class FilesystemClient:
                     fs.rm_file(path)
             raise
         return num_written
+
+    def begun(self, path: str, num_bytes: int) -> int:
+        """Return 0: fsspec does not go on with uploads."""
+        return 0
+
+    def upload_rest(self, path: str, chunks: Iterable[Buffer], begin: int, num_bytes: int) -> int:
+        """Write an object, from its beginning, as `upload` does."""
+        assert begin == 0, "there is nothing to go on with"
+        return self.upload(path, chunks, num_bytes)
 
     def create(self, path: str, data: bytes) -> None:
         """Write an object unless it exists, as far as the filesystem has such a thing."""

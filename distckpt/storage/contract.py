@@ -214,6 +214,46 @@ def withdraw(storage: Storage, name: str) -> None:
         storage.delete([name])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """What is there of a file that `put_rest` was writing when it ended.
+
+    Attributes:
+        num_bytes: How many of its first bytes; 0 if there is nothing, or nothing of use.
+        is_sure: The storage vouches for them; if not, they can be read, and may be anything after a power loss.
+    """
+
+    num_bytes: int
+    is_sure: bool
+
+
+@runtime_checkable
+class ContinuingStorage(Protocol):
+    """A storage that can go on with a data file that it did not finish.
+
+    Of a name, all who write have the same bytes to write; then several may even do so at once.
+    """
+
+    def begun(self, name: str, *, num_bytes: int) -> Begun:
+        """Return what is there of a file of `num_bytes` that is to have this name.
+
+        Raises:
+            StorageError: The storage could not be asked.
+        """
+        ...
+
+    def put_rest(self, name: str, chunks: Iterable[Buffer], *, begin: int, num_bytes: int) -> int:
+        """Write a data file from its byte `begin` on, and return how many bytes that were; else as `Storage.put`.
+
+        What is before `begin` stays; it is at most what `begun` has told. If it fails, or is killed, what was done is
+        left for the next try, where no reader takes it for the file.
+
+        Raises:
+            StorageError: It could not be written.
+        """
+        ...
+
+
 class OpenFile(Protocol):
     """A file that is open for reading; any thread may use it."""
 

@@ -19,18 +19,19 @@ from pathlib import Path
 from distckpt.errors import StorageError
 from distckpt.names import checked, join, parse_step
 from distckpt.storage import direct
-from distckpt.storage.contract import Buffer, Capabilities, FileInfo, is_plain
+from distckpt.storage.contract import Begun, Buffer, Capabilities, FileInfo, is_plain
 from distckpt.storage.exclusive import name_exclusively
 from distckpt.storage.failures import local_error, telling
 from distckpt.storage.mapping import LocalFile
+from distckpt.storage.openfiles import reserve, write_all
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _INNER_FOLDER = _FOLDER | os.O_NOFOLLOW
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OWN_FILE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OLD_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a pipe must not hang us
 _CREATE_TRIES = 100  # how often a folder may vanish between making it and using it
 _NUM_READERS = max(2, min(8, os.cpu_count() or 1))
-_NO_RESERVING = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}  # the file system has no such thing
 
 logger = logging.getLogger("distckpt")
@@ -83,6 +84,29 @@ class LocalStorage:
         with telling("write", self._path(name)):
             fd = self._create(name)
         return self._fill(fd, name, chunks, num_bytes=num_bytes)
+
+    def begun(self, name: str, *, num_bytes: int) -> Begun:
+        """Return what is there of an unfinished file, as `ContinuingStorage.begun` says: nobody vouches for it."""
+        path = self._path(name)
+        try:
+            with self._opened(name) as fd, telling("read", path):
+                size = os.fstat(fd).st_size
+        except FileNotFoundError:
+            size = 0
+        return Begun(num_bytes=size if size <= num_bytes else 0, is_sure=False)
+
+    def put_rest(self, name: str, chunks: Iterable[Buffer], *, begin: int, num_bytes: int) -> int:
+        """Go on with an unfinished file, as `ContinuingStorage.put_rest` says, or begin it."""
+        path = self._path(name)
+        folder, last = _split(name)
+        if begin == 0:
+            with telling("write", path):
+                fd = self._create(name)
+            return self._fill(fd, name, chunks, num_bytes=num_bytes, keep=True)
+        with telling("write", path), self._folder(folder) as folder_fd:
+            fd = os.open(last, _OWN_FILE, dir_fd=folder_fd)
+            os.lseek(fd, begin, os.SEEK_SET)
+        return self._fill(fd, name, chunks, num_bytes=num_bytes, begin=begin, keep=True)
 
     def sync(self, names: Iterable[str]) -> None:
         """Make the entries of `names` durable: sync their folders and all above, also the new ones above the root."""
@@ -225,29 +249,41 @@ class LocalStorage:
                     raise
         raise AssertionError("unreachable")
 
-    def _fill(self, fd: int, name: str, chunks: Iterable[Buffer], *, num_bytes: int | None = None) -> int:
-        """Write `chunks`, sync and close the file; if that fails in any way, remove it."""
+    def _fill(
+        self,
+        fd: int,
+        name: str,
+        chunks: Iterable[Buffer],
+        *,
+        num_bytes: int | None = None,
+        begin: int = 0,
+        keep: bool = False,
+    ) -> int:
+        """Write `chunks` from `begin` on, sync and close the file; if that fails, remove it unless it is to `keep`."""
         path = self._path(name)
+        has_room = False
         try:
             try:
                 if num_bytes:
-                    _reserve(fd, num_bytes, path)
-                num_written = self._write(fd, chunks, path, num_bytes=num_bytes)
-                assert num_bytes in (None, num_written), f"{path}: {num_written} bytes of {num_bytes}"
+                    reserve(fd, num_bytes, path)
+                has_room = True
+                num_written = self._write(fd, chunks, path, num_bytes=None if begin else num_bytes)
+                assert num_bytes in (None, begin + num_written), f"{path}: {num_written} bytes of {num_bytes}"
                 with telling("sync", path):
                     os.fsync(fd)
             finally:
                 with telling("close", path):
                     os.close(fd)
         except BaseException:
-            self._discard(name)
+            if not keep or not (has_room or begin):
+                self._discard(name)
             raise
         return num_written
 
     def _write(self, fd: int, chunks: Iterable[Buffer], path: str, *, num_bytes: int | None) -> int:
         """Write chunks in the way that suits the file's size and the disk; return their size."""
         if not self._writes_directly(num_bytes or 0):
-            return _write_all(fd, chunks, path)
+            return write_all(fd, chunks, path)
         num_written = 0
         try:
             for num_written in direct.write(fd, chunks):  # noqa: B007  the last one counts
@@ -367,31 +403,6 @@ class LocalStorage:
                     finally:
                         os.close(folder_fd)
         self._num_roots_synced = num_made
-
-
-def _reserve(fd: int, num_bytes: int, path: str) -> None:
-    """Reserve room for a file, if its file system can."""
-    try:
-        os.posix_fallocate(fd, 0, num_bytes)
-    except OSError as error:
-        if error.errno not in _NO_RESERVING:
-            raise local_error(error, action="write", path=path, num_written=0) from error
-
-
-def _write_all(fd: int, chunks: Iterable[Buffer], path: str) -> int:
-    """Write all chunks, however little the system takes at a time; return their size."""
-    num_bytes = 0
-    for chunk in chunks:
-        left = memoryview(chunk)
-        left = left.cast("B") if left.nbytes else memoryview(b"")
-        while left:
-            try:
-                count = os.write(fd, left)
-            except OSError as error:
-                raise local_error(error, action="write", path=path, num_written=num_bytes) from error
-            num_bytes += count
-            left = left[count:]
-    return num_bytes
 
 
 def _sync_folder(folder_fd: int) -> None:

@@ -19,7 +19,7 @@ from distckpt.errors import DistckptError, StorageError
 from distckpt.names import checked, join
 from distckpt.storage.clients import RACE_CODES, S3_SCHEMES, Client, FilesystemClient, Upload
 from distckpt.storage.connection import Connection
-from distckpt.storage.contract import Buffer, Capabilities, FileInfo, is_plain
+from distckpt.storage.contract import Begun, Buffer, Capabilities, FileInfo, is_plain
 from distckpt.storage.failures import STALE_CREDENTIALS, redacted, remote_error, server_code
 from distckpt.storage.retries import judged
 from distckpt.storage.s3 import S3Client
@@ -111,6 +111,22 @@ class ObjectStorage:
             raise self._error(error, "write", name) from error
         assert num_bytes in (None, num_written), f"{name}: {num_written} bytes of {num_bytes}"
         return num_written
+
+    def begun(self, name: str, *, num_bytes: int) -> Begun:
+        """Return which parts the server has of an unfinished upload, as `ContinuingStorage.begun` says."""
+        path = self._path(name)
+        with self._telling("list the unfinished uploads of", name):
+            return Begun(num_bytes=self._client.begun(path, num_bytes), is_sure=True)
+
+    def put_rest(self, name: str, chunks: Iterable[Buffer], *, begin: int, num_bytes: int) -> int:
+        """Go on with an unfinished upload, as `ContinuingStorage.put_rest` says, or begin it."""
+        path, source = self._path(name), _Watched(chunks)
+        try:
+            return self._client.upload_rest(path, source, begin, num_bytes)
+        except Exception as error:
+            if error is source.error or isinstance(error, DistckptError):
+                raise
+            raise self._error(error, "write", name) from error
 
     def sync(self, names: Iterable[str]) -> None:
         """Check the names; what `put` has acknowledged is durable."""

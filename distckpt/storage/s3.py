@@ -52,6 +52,14 @@ class S3Client:
             return send(path, chunks, num_bytes)
         return uploads.upload(self._requests, path, chunks, num_bytes)
 
+    def begun(self, path: str, num_bytes: int) -> int:
+        """Return how many of its first bytes the server has of an unfinished upload of an object of `num_bytes`."""
+        return sum(part.num_bytes for part in uploads.parts_begun(self._requests, path, num_bytes).parts)
+
+    def upload_rest(self, path: str, chunks: Iterable[Buffer], begin: int, num_bytes: int) -> int:
+        """Write an object from byte `begin` on, by s3fs's client, which knows what the server has got."""
+        return uploads.upload_rest(self._requests, path, chunks, begin, num_bytes)
+
     def create(self, path: str, data: bytes) -> None:
         """Write a small object in one request unless it exists.
 

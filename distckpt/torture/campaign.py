@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from distckpt import catalog
+from distckpt import catalog, verification
 from distckpt.errors import DistckptError
 from distckpt.manifest import Layout
 from distckpt.names import join
@@ -191,7 +191,7 @@ class _Campaign:
             try:
                 manifest = catalog.read_manifest(self._storage, folder.name)
                 problems = [
-                    f"{p.file} {p.problem}" for p in catalog.verify(self._storage, manifest, folder=folder.name)
+                    f"{p.file} {p.problem}" for p in verification.verify(self._storage, manifest, folder=folder.name)
                 ]
             except DistckptError as error:
                 problems = [str(error)]

@@ -123,6 +123,10 @@ class CheckpointConfig:
 
     directory: str = "runs/digits"
     """Path or URL that holds the run's checkpoints."""
+    at: int | None = None
+    """Step of the checkpoint that a new branch goes on from; restarts of the branch may leave it out."""
+    branch: str | None = None
+    """Go on in the branch of this name, <directory>/branches/<name>, and leave what came after that step as it is."""
     every: int | str | None = None
     """Optimizer steps between two checkpoints, or a time such as 90s, 10min or 2h, or auto for what loses least time.
 
@@ -235,6 +239,8 @@ def _rules(config: TrainConfig) -> Iterator[tuple[str, bool, str]]:
     yield "train.eval_every", train.eval_every >= 1, "at least 1 epoch"
     yield "train.log_dir", train.log_dir is None or "://" not in train.log_dir, "a local folder"
     yield "checkpoint.directory", bool(checkpoint.directory), "a path or URL"
+    yield "checkpoint.at", checkpoint.at is None or checkpoint.at >= 0, "a step, from 0 on, or null"
+    yield "checkpoint.at", checkpoint.at is None or checkpoint.branch is not None, "null without checkpoint.branch"
     yield "checkpoint.every", _is_every(checkpoint.every), "at least 1 step, a time such as 10min, auto, or null"
     yield "checkpoint.mtbf_s", _is_time(checkpoint.mtbf_s), "more than 0 s, or null"
     yield "checkpoint.grace_s", _is_time(checkpoint.grace_s), "more than 0 s, or null"

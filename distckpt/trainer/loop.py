@@ -152,10 +152,12 @@ def _download(config: TrainConfig, process: Process) -> None:
 
 def _manager(config: TrainConfig, images: Images, record: dict[str, Any], audience: Audience) -> CheckpointManager:
     checkpoint = config.checkpoint
-    folder = log_folder(config.train.log_dir, checkpoint.directory)
+    folder = log_folder(config.train.log_dir, checkpoint.directory, branch=checkpoint.branch)
     steps_per_epoch = -(-images.num_train // config.train.global_batch_size)
     return CheckpointManager(
         checkpoint.directory,
+        at=checkpoint.at,
+        branch=checkpoint.branch,
         every=checkpoint.every or steps_per_epoch,
         keep=checkpoint.keep,
         layout=checkpoint.layout,
@@ -286,7 +288,9 @@ class _Run:
 
         def work() -> None:
             if self.process.is_first:
-                folder = log_folder(self.config.train.log_dir, self.config.checkpoint.directory)
+                folder = log_folder(
+                    self.config.train.log_dir, self.config.checkpoint.directory, branch=self.config.checkpoint.branch
+                )
                 opened.append(stack.enter_context(RunLog(folder, done=done)))
                 self.audience.add(opened[0].tell)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import FaultProxy
+from s3_server import S3Server
 from typer.testing import CliRunner
 
 from distckpt.cli.application import application
@@ -54,3 +56,11 @@ def made_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(made_run: Path, tmp_path: Path) -> Path:
     """Give a copy of the run."""
     return Path(shutil.copytree(made_run, tmp_path / "run-7"))
+
+
+@pytest.fixture
+def proxied(s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Put a proxy that counts before the S3 server, for this process and its children."""
+    with FaultProxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -113,3 +114,15 @@ def test_a_run_goes_to_s3_and_back(command: Command, run: Path, s3_bucket: str, 
         sorted(path.relative_to(root) for path in root.glob("step-*/**/*")) for root in (run, tmp_path / "back")
     )
     assert after == before
+
+
+def test_a_directory_that_a_job_trains_in_is_not_copied_to(command: Command, run: Path, tmp_path: Path) -> None:
+    import distckpt
+
+    with distckpt.CheckpointManager(tmp_path / "busy", every=10) as manager:
+        manager.restore({})
+        for args in (["cp", run, tmp_path / "busy"], ["import", tmp_path / "x.safetensors", tmp_path / "busy"]):
+            result = command(*args)
+            assert (result.exit_code, result.stdout) == (7, "")
+            assert re.search(r"belongs to another job: process \d+ on host .*\nFix: take a directory", result.stderr)
+    assert command("cp", run, tmp_path / "busy").exit_code == 0

@@ -14,7 +14,10 @@ import pytest
 import torch
 
 import distckpt
-from distckpt import PerRank
+from distckpt import PerRank, catalog
+from distckpt.arrays import Source
+from distckpt.comparison import compare
+from distckpt.storage import CountingStorage, open_storage
 
 Command = Callable[..., Any]
 
@@ -166,11 +169,32 @@ def test_the_step_is_state(command: Command, tmp_path: Path) -> None:
     assert (change["what"], change["a"], change["b"]) == ("step", 1, 2)
 
 
+def test_tensors_under_equal_digests_are_not_read(tmp_path: Path) -> None:
+    """Two saves of a state of which one large tensor has changed: little else is read."""
+    large = {f"weight{number}": torch.randn(3 << 20) for number in range(4)}
+    sources = []
+    for name in ("a", "b"):
+        large["weight2"][-1] += name == "b"
+        distckpt.save(tmp_path / name, large, step=1, rng=False)
+        storage = CountingStorage(open_storage(tmp_path / name))
+        folder, manifest = catalog.locate(storage)
+        sources.append((storage, Source(storage=storage, folder=folder, manifest=manifest)))
+    before = [storage.counted("read").num_bytes for storage, _ in sources]
+    (change,) = compare(sources[0][1], sources[1][1])
+    assert (change.name, change.deviation and change.deviation.num_different) == ("weight2", 1)
+    for (storage, _), earlier in zip(sources, before, strict=True):
+        assert large["weight2"].nbytes <= storage.counted("read").num_bytes - earlier <= 2 * large["weight2"].nbytes
+    whole = Source(storage=sources[0][0], folder="", manifest=sources[0][1].manifest)
+    before = sources[0][0].counted("read")
+    assert not list(compare(sources[0][1], whole))
+    assert sources[0][0].counted("read") == before
+
+
 def test_damage_is_an_error_of_its_own(command: Command, run: Path) -> None:
     (file,) = (run / "step-000000000020").glob("*/*")
     data = bytearray(file.read_bytes())
     data[-3] ^= 4
     file.write_bytes(data)
-    result = command("diff", run / "step-000000000020", run / "step-000000000020")
+    result = command("diff", run / "step-000000000020", run / "step-000000000030")
     assert (result.exit_code, result.stdout) == (5, "")
     assert f"{file.name}' has wrong bytes" in result.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import FaultProxy
 
 import distckpt
 from distckpt import catalog, inventory
@@ -21,7 +22,7 @@ from distckpt.storage import CountingStorage, open_storage
 Command = Callable[..., Any]
 
 FIELDS = {
-    "step", "path", "state", "problem", "bytes", "modified", "pinned",
+    "branch", "step", "path", "state", "problem", "bytes", "modified", "pinned",
     "created", "world_size", "layout", "metrics", "run", "attempt", "parent", "retention",
 }  # fmt: skip
 
@@ -202,6 +203,74 @@ def test_the_tree_shows_which_checkpoint_each_went_on_from(command: Command, run
     assert "30 (from 20, which is gone)" in drawn
 
 
+@pytest.fixture
+def branched_run(run: Path) -> Path:
+    """Give the run with two branches of checkpoint 20, and one of a branch."""
+    for directory, at, branch, steps in (
+        (run, 20, "wide", (25, 30)),
+        (run, 20, "deep", (22,)),
+        (run / "branches/wide", 25, "wider", (27,)),
+    ):
+        with distckpt.CheckpointManager(directory, at=at, branch=branch, keep=9, rng=False) as manager:
+            manager.restore({"epoch": 0}, only=["epoch"])
+            for step in steps:
+                manager.save(step, {"epoch": step})
+    return run
+
+
+def test_the_tree_shows_branches_beside_the_run_that_they_went_off_from(command: Command, branched_run: Path) -> None:
+    result = command("ls", branched_run, "--tree")
+    drawn = [line.partition("committed")[0].rstrip() for line in result.stdout.splitlines()[1:]]
+    assert drawn == ["10", "20", "├─ 22 (deep)", "├─ 25 (wide)", "│  ├─ 27 (wide/wider)", "│  30", "30"]
+    assert "branch wide went off from step 20" in result.stderr
+    answer = json.loads(command("ls", branched_run, "--tree", "--json").stdout)
+    found = [(one["branch"], one["step"], Path(one["path"]).is_dir()) for one in answer["checkpoints"]]
+    assert sorted(found, key=str) == sorted(
+        [
+            *((None, step, True) for step in (10, 20, 30)),
+            *(("wide", step, True) for step in (25, 30)),
+            ("deep", 22, True),
+            ("wide/wider", 27, True),
+        ],
+        key=str,
+    )
+
+
+def test_without_the_tree_branches_are_only_named(command: Command, branched_run: Path) -> None:
+    result = command("ls", branched_run)
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == ["10", "20", "30"]
+    assert f"branch deep went off from step 20: distckpt ls {branched_run} --tree" in result.stderr
+    answer = json.loads(command("ls", branched_run, "--json").stdout)
+    assert answer["branches"] == [
+        {"name": name, "path": str(branched_run / "branches" / name), "step": 20} for name in ("deep", "wide")
+    ]
+
+
+def test_every_command_works_on_a_branch(command: Command, branched_run: Path, tmp_path: Path) -> None:
+    branch = branched_run / "branches/wide"
+    assert [one["step"] for one in listed(command, branch)] == [25, 30]
+    assert command("verify", branch).exit_code == 0
+    assert command("show", branch, "--step", 25).exit_code == 0
+    assert command("diff", branch / "step-000000000025", branch).exit_code == 1
+    assert command("pin", branch, "--step", 25).exit_code == 0
+    assert command("cp", branch, tmp_path / "copy").exit_code == 0
+    assert [one["step"] for one in listed(command, tmp_path / "copy")] == [25, 30]
+
+
+def test_what_a_branch_went_off_from_stays_with_its_reason(command: Command, branched_run: Path) -> None:
+    plan = json.loads(command("prune", branched_run, "--keep", 1, "--yes", "--json").stdout)["plan"]
+    assert [(one["step"], one["action"], one["reasons"]) for one in plan] == [
+        (10, "delete", ["no rule keeps it"]),
+        (20, "keep", ["deep, wide went off from it"]),
+        (30, "keep", ["newest", "last 1"]),
+    ]
+    retention = {
+        (one["branch"], one["step"]): one["retention"]["action"]
+        for one in json.loads(command("ls", branched_run, "--tree", "--keep", 1, "--json").stdout)["checkpoints"]
+    }
+    assert retention[None, 20] == retention["wide", 25] == retention["wide", 30] == retention["deep", 22] == "keep"
+
+
 def test_a_manifest_that_contradicts_itself_is_left_to_verify(command: Command, run: Path) -> None:
     """Its digest is right, so no accident did that; a list looks no deeper, whoever reads or prunes does."""
     manifest = catalog.read_manifest(open_storage(run), "step-000000000030")
@@ -225,6 +294,24 @@ def test_requests_on_s3_grow_by_one_for_each_checkpoint(run: Path, s3_bucket: st
         verbs = ("list", "read", "read_all")
         counts.append(sum(storage.counted(verb).num_calls for verb in verbs))
     assert counts[1] - counts[0] == 2
+
+
+def test_the_command_asks_the_server_once_for_each_checkpoint(
+    run: Path, s3_bucket: str, proxied: FaultProxy, command: Command
+) -> None:
+    url, counts = f"s3://{s3_bucket}/run", []
+    manifest = catalog.read_manifest(open_storage(run), "step-000000000030")
+    storage = open_storage(url)
+    for step in range(1, 31):
+        body = serialize(replace(manifest, step=step, attempt=f"a{step}"))
+        storage.publish(f"step-{step:012d}/manifest.json", body)
+        if step in (10, 30):
+            proxied.reset()
+            result = command("ls", url, "--tree", "--json")
+            assert len(json.loads(result.stdout)["checkpoints"]) == step
+            counts.append(len(proxied.seen))
+    assert counts[1] - counts[0] == 20
+    assert counts[0] <= 10 + 6
 
 
 def test_how_the_latest_job_ended_is_told(command: Command, run: Path) -> None:

@@ -112,16 +112,16 @@ def test_a_copy_that_is_killed_is_ended_by_the_next(run: Path, tmp_path: Path) -
         [
             "import os, distckpt.cli",
             "from distckpt.storage.local import LocalStorage",
-            "real, done = LocalStorage.put, []",
-            "def put(self, name, chunks, *, num_bytes=None):",
+            "real, done = LocalStorage.put_rest, []",
+            "def put_rest(self, name, chunks, *, begin, num_bytes):",
             "    def dying():",
             "        for chunk in chunks:",
             "            yield chunk",
             "            done and os.kill(os.getpid(), 9)",
-            "    size = real(self, name, dying(), num_bytes=num_bytes)",
+            "    size = real(self, name, dying(), begin=begin, num_bytes=num_bytes)",
             "    done.append(name)",
             "    return size",
-            "LocalStorage.put = put",
+            "LocalStorage.put_rest = put_rest",
             "distckpt.cli.main()",
         ]
     )

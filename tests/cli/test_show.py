@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,38 @@ def test_odd_values_are_shown(command: Command, tmp_path: Path) -> None:
     assert found["nothing"] == ["dict", "{}"]
     assert found["$tensor"] == ["tuple", "()"]
     assert found["1"] == ["bytes", r"b'\x00'"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a checkpoint of 5,000 tensors in 500 parts."""
+    weights = {f"part{part}": {f"w{number}": torch.ones(2) for number in range(10)} for part in range(500)}
+    path = tmp_path_factory.mktemp("large") / "one"
+    distckpt.save(path, {"weights": weights}, rng=False)
+    return path
+
+
+def test_thousands_of_tensors_are_all_written_to_a_pipe(command: Command, large: Path) -> None:
+    lines = command("show", large).stdout.splitlines()
+    assert sum("float32" in line for line in lines) == 5_000
+    assert len({line.index("float32") for line in lines if "float32" in line}) == 1, "in columns"
+
+
+def test_depth_says_how_many_are_below(command: Command, large: Path) -> None:
+    found = rows(command("show", large, "--depth", 1).stdout)
+    assert found["weights"] == ["5,000", "entries", "40.0", "kB", "100.0", "%"]
+    found = rows(command("show", large, "--depth", 2).stdout)
+    assert found["part0"] == found["part499"] == ["10", "entries", "80", "B", "0.2", "%"]
+    assert command("show", large, "--depth", 0).exit_code == 2
+
+
+def test_many_rows_are_not_drawn_by_rich_which_takes_a_millisecond_for_each() -> None:
+    code = "import sys; from distckpt.cli.tables import Row, print_table\n"
+    code += "print_table(['a', 'b'], [Row(cells=('x\\x1b', f'{n}')) for n in range(5_000)], right=['b'])\n"
+    code += "assert not {name for name in sys.modules if name.startswith('rich')}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    lines = result.stdout.splitlines()
+    assert (len(lines), lines[0], lines[1], lines[-1]) == (5_001, "a         b", "x\\x1b     0", "x\\x1b  4999")
 
 
 def test_a_damaged_manifest_is_exit_5(command: Command, run: Path) -> None:

@@ -12,7 +12,7 @@ from recording import Ack, Cut, Log, Op, cuts
 from runs import Contents, Job, repeatable, strays, succeed
 from s3_model import S3Objects
 
-from distckpt import catalog, names
+from distckpt import catalog, names, verification
 from distckpt.manifest import Layout
 
 NOTHING = Ack(0, 0)
@@ -245,7 +245,7 @@ def check_whole(contents: Contents) -> None:
         for folder in catalog.scan(storage):
             if folder.committed:
                 manifest = catalog.read_manifest(storage, folder.name)
-                problems = list(catalog.verify(storage, manifest, folder=folder.name))
+                problems = list(verification.verify(storage, manifest, folder=folder.name))
                 assert not problems, f"{folder.name} has a manifest, but is not whole: {problems}"
 
 
@@ -257,7 +257,7 @@ def check_tidy(contents: Contents, limit: int) -> None:
         left = strays(storage)
         folders = [folder for folder in catalog.scan(storage) if folder.committed]
         newest = catalog.read_manifest(storage, folders[-1].name)
-        problems = list(catalog.verify(storage, newest, folder=folders[-1].name))
+        problems = list(verification.verify(storage, newest, folder=folders[-1].name))
     assert not problems, f"{folders[-1].name}: {problems}"
     others = [name for found in left.values() for name in found]
     num_temporary = sum(name.endswith(".tmp") for name in others)

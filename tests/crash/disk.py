@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from recording import Cut, Log, Op, is_before
 
-from distckpt.storage import Storage, exclusive, local, mapping
+from distckpt.storage import Storage, exclusive, local, mapping, openfiles
 from distckpt.storage.local import LocalStorage
 
 TOP = 0
@@ -132,7 +132,7 @@ class Disk:
     @contextmanager
     def opened(self) -> Iterator[Callable[[], Storage]]:
         """Let `LocalStorage` see this disk, and nothing else, meanwhile; give what each rank opens its own with."""
-        before = local.os, exclusive.os, mapping.os, mapping._OWN, local.Path  # type: ignore[attr-defined]
+        before = local.os, openfiles.os, exclusive.os, mapping.os, mapping._OWN, local.Path  # type: ignore[attr-defined]
         disk = self
 
         class DiskPath(PurePosixPath):
@@ -145,13 +145,13 @@ class Disk:
             def stat(self) -> Any:
                 return disk.stat(str(self))
 
-        local.os = exclusive.os = mapping.os = self  # type: ignore[attr-defined,assignment]
+        local.os = openfiles.os = exclusive.os = mapping.os = self  # type: ignore[attr-defined,assignment]
         local.Path = DiskPath  # type: ignore[attr-defined,assignment]
         mapping._OWN = set()  # nothing is mapped: its descriptors mean something else to the system
         try:
             yield lambda: LocalStorage(ROOT)
         finally:
-            local.os, exclusive.os, mapping.os, mapping._OWN, local.Path = before  # type: ignore[attr-defined]
+            local.os, openfiles.os, exclusive.os, mapping.os, mapping._OWN, local.Path = before  # type: ignore[attr-defined]
 
     @property
     def num_open(self) -> int:

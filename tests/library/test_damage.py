@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import distckpt
-from distckpt import CheckpointManager, catalog
+from distckpt import CheckpointManager, catalog, verification
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
 from distckpt.names import MANIFEST
 from distckpt.storage import open_storage
@@ -50,7 +50,7 @@ def problems(directory: Path, step: int) -> list[str]:
     storage = open_storage(directory)
     folder = f"step-{step:012d}"
     try:
-        return [p.file for p in catalog.verify(storage, catalog.read_manifest(storage, folder), folder=folder)]
+        return [p.file for p in verification.verify(storage, catalog.read_manifest(storage, folder), folder=folder)]
     except CheckpointDamagedError as error:
         return [str(error.file)]
 

@@ -207,6 +207,8 @@ def test_a_restart_without_a_good_one_says_that_the_state_is_torn_and_does_not_s
         assert "holds parts of what was read" in caught.value.__notes__[0]
         with pytest.raises(UsageError, match="not saved"):
             ckpt.save(2, state)
+        with pytest.raises(UsageError, match="not saved"):
+            ckpt.step(2, state, stop=True)
 
 
 def test_a_restart_that_does_not_fit_changes_nothing(tmp_path: Path):

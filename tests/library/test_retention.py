@@ -34,14 +34,15 @@ RULES = st.builds(
 )
 
 
-@given(CHECKPOINTS, RULES, st.integers(0, 200), st.sets(st.integers(0, 200), max_size=3))
-def test_what_must_stay_stays(checkpoints, rules, resumed_from, pinned):
-    decisions = decide(checkpoints, rules, now=1e6, resumed_from=resumed_from, pinned=pinned)
+@given(CHECKPOINTS, RULES, st.integers(0, 200), *[st.sets(st.integers(0, 200), max_size=3)] * 2)
+def test_what_must_stay_stays(checkpoints, rules, resumed_from, pinned, origins):
+    branches = dict.fromkeys(origins, ("wide",))
+    decisions = decide(checkpoints, rules, now=1e6, resumed_from=resumed_from, pinned=pinned, branches=branches)
     assert [d.step for d in decisions] == sorted(c.step for c in checkpoints)
     kept = {d.step for d in decisions if d.kept}
     steps = sorted(c.step for c in checkpoints)
     assert set(steps[-rules.last :]) <= kept
-    assert ({resumed_from} | pinned) & set(steps) <= kept
+    assert ({resumed_from} | pinned | origins) & set(steps) <= kept
     if rules.every:
         assert {step for step in steps if step % rules.every == 0} <= kept
 
@@ -63,8 +64,10 @@ def test_the_best_is_kept_by_mode_and_nan_is_never_best():
 
 def test_each_reason_is_given():
     made = [Made(10, 0), Made(20, 90)]
-    decisions = decide(made, Retention(last=1, every=10, within_s=20), now=100, resumed_from=10, pinned=[10])
-    assert decisions[0].reasons == ("every 10 steps", "the run resumed from it", "pinned")
+    rules = Retention(last=1, every=10, within_s=20)
+    decisions = decide(made, rules, now=100, resumed_from=10, pinned=[10], branches={10: ("deep", "wide")})
+    expected = ("every 10 steps", "the run resumed from it", "deep, wide went off from it", "pinned")
+    assert decisions[0].reasons == expected
     assert decisions[1].reasons == ("newest", "last 1", "every 10 steps", "within 20 s")
 
 

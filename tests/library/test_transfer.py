@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from failing_storage import FailingStorage
 
-from distckpt import catalog
+from distckpt import catalog, verification
 from distckpt.checksum import digest
 from distckpt.errors import CheckpointDamagedError, CheckpointExistsError, CheckpointNotFoundError, StorageError
 from distckpt.manifest import DataFile, Manifest, Segment, serialize
@@ -79,7 +79,7 @@ def contents(place: Place) -> dict[str, bytes]:
 
 def is_whole(place: Place) -> bool:
     manifest = catalog.read_manifest(place.storage, place.folder)
-    return not list(catalog.verify(place.storage, manifest, folder=place.folder))
+    return not list(verification.verify(place.storage, manifest, folder=place.folder))
 
 
 def test_a_copy_is_the_same_byte_for_byte(source: Place, target: Place) -> None:

@@ -71,6 +71,11 @@ def test_logs_lie_with_local_checkpoints_or_under_runs(log_dir: str | None, dire
     assert log_folder(log_dir, directory) == Path(folder)
 
 
+@pytest.mark.parametrize(("log_dir", "folder"), [(None, "runs/digits"), ("logs", "logs")])
+def test_a_branch_has_a_log_of_its_own(log_dir: str | None, folder: str) -> None:
+    assert log_folder(log_dir, "runs/digits", branch="wide") == Path(folder) / "branches/wide"
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"could not write .*log\.jsonl.*\nFix: .*--train\.log_dir DIR"):

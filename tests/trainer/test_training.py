@@ -252,6 +252,38 @@ def test_a_change_that_is_allowed_is_told(tmp_path: Path, caplog: pytest.LogCapt
     assert 0 < last["lr"] < 0.01
 
 
+def test_a_branch_trains_on_from_an_older_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Unchanged, it does what the run did."""
+    plain = small(tmp_path / "run", epochs=3)
+    fit(plain)
+    before = {path: path.read_bytes() for path in plain_files(tmp_path / "run")}
+    branch = dataclasses.replace(plain, checkpoint=dataclasses.replace(plain.checkpoint, at=4, branch="again"))
+    with caplog.at_level("INFO", logger="distckpt"):
+        assert fit(branch).step == 12
+        assert fit(dataclasses.replace(branch, optimizer=OptimizerConfig(lr=0.01))).complete
+    assert "changed since step 4: checkpoint.branch None -> again" in caplog.messages
+    assert {path: path.read_bytes() for path in before} == before
+    own = tmp_path / "run/branches/again"
+    assert contents(tmp_path / "run", 12)[0] == contents(own, 12)[0]
+    tensors, others = contents(tmp_path / "run", 12)[1], contents(own, 12)[1]
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    lines = [json.loads(line)["step"] for line in (own / LOG_NAME).read_text().splitlines()]
+    assert (lines[0], lines[-1]) == (5, 12)
+
+
+def plain_files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file() and "lease" not in path.parts]
+
+
+@pytest.mark.parametrize("name", ["at", "branch"])
+def test_branches_that_make_no_sense_are_refused_by_the_key(tmp_path: Path, name: str) -> None:
+    config = small(tmp_path)
+    wrong: dict[str, Any] = {"at": {"at": 4}, "branch": {"at": 4, "branch": "../up"}}[name]
+    with pytest.raises(ConfigError, match=f"{name}"):
+        Trainer(dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, **wrong))).fit()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_model_is_rebuilt_from_its_checkpoint_alone(tmp_path: Path) -> None:
     fit(small(tmp_path))
     before = torch.get_rng_state()
