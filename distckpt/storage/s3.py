@@ -177,6 +177,29 @@ class S3Client:
         bucket, key = uploads.place(self._requests, prefix)
         return list(uploads.unfinished(self._requests, bucket, f"{key}/" if key else ""))
 
+    def upload_sizes(self, uploads: Sequence[Upload]) -> Sequence[int | None]:
+        """Return how many bytes the server holds of each unfinished upload; None of one that it tells nothing of."""
+
+        async def all_of_them() -> list[int | BaseException | None]:
+            return await asyncio.gather(*map(self._upload_size, uploads), return_exceptions=True)
+
+        return [None if isinstance(size, BaseException) else size for size in self._requests.run(all_of_them())]
+
+    async def _upload_size(self, upload: Upload) -> int | None:
+        bucket, key = uploads.place(self._requests, upload.path)
+        marker: dict[str, Any] = {}
+        num_bytes = 0
+        while True:
+            page = functools.partial(
+                self._requests.once, "list_parts", Bucket=bucket, Key=key, UploadId=upload.id, **marker
+            )
+            answer = await self._requests.patiently(page)
+            num_bytes += sum(int(part["Size"]) for part in answer.get("Parts", []))
+            following = {"PartNumberMarker": answer.get("NextPartNumberMarker")}
+            if not answer.get("IsTruncated") or following == marker:
+                return num_bytes
+            marker = following
+
     def abort(self, upload: Upload) -> None:
         """Abort an unfinished upload."""
         uploads.abort(self._requests, upload)

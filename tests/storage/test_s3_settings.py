@@ -36,9 +36,7 @@ def storage(proxy: FaultProxy, proxy_filesystem: s3fs.S3FileSystem, s3_bucket: s
 def test_missing_bucket_is_told_by_list_put_and_publish(s3_bucket: str) -> None:
     storage = open_storage(f"s3://{s3_bucket}-missing/run")
     for verb in (storage.list, lambda: storage.put("f", [b"1"]), lambda: storage.publish("f", b"1")):
-        with pytest.raises(
-            StorageError, match=r"does not exist \(NoSuchBucket\), .*\nFix: create the bucket"
-        ) as caught:
+        with pytest.raises(StorageError, match=r"NoSuchBucket\b.*\nFix: create the bucket") as caught:
             verb()
         assert caught.value.errno == errno.ENOENT
         assert not isinstance(caught.value, FileNotFoundError)
@@ -132,6 +130,7 @@ def test_obstore_is_used_by_itself_and_not_where_it_could_not_follow_the_setting
         open_storage(f"s3://{s3_bucket}/run", storage_options=signed).put("f", [b"1"])
 
 
+@pytest.mark.usefixtures("lax_server")
 @pytest.mark.parametrize("engine", ["s3fs", "obstore"])
 def test_expired_credentials_are_looked_up_anew_and_the_request_is_tried_again(
     s3_bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, engine: str
@@ -163,15 +162,16 @@ def test_a_storage_option_that_nobody_knows_is_told(s3_bucket: str) -> None:
 
 
 def test_credentials_and_endpoint_may_come_as_storage_options(
-    s3_bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    s3_bucket: str, s3_server: S3Server, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(variable)
-    options = {"key": "my-key", "secret": "my-secret", "endpoint_url": proxy.endpoint}
+    options = {"key": s3_server.key, "secret": s3_server.secret, "endpoint_url": proxy.endpoint}
+    given = dict(options)
     storage = open_storage(f"s3://{s3_bucket}/run", storage_options=options)
     storage.put("f", [b"1"])
-    assert "my-key" in proxy.seen[-1].headers["authorization"]
-    assert options == {"key": "my-key", "secret": "my-secret", "endpoint_url": proxy.endpoint}
+    assert f"Credential={s3_server.key}/" in proxy.seen[-1].headers["authorization"]
+    assert options == given
 
 
 def test_public_objects_are_read_without_credentials(
@@ -242,7 +242,7 @@ def test_a_server_with_a_certificate_authority_of_its_own_is_trusted_if_it_is_na
     secure_server: S3Server, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     pytest.importorskip(engine)
-    point_aws_at(secure_server.endpoint, monkeypatch)
+    point_aws_at(secure_server, monkeypatch)
     monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
     url, data = f"s3://bucket-{engine}/run", bytes(range(256)) * (LEAST_PART // 200)
     stranger = open_storage(url, storage_options={"engine": "s3fs", **IMPATIENT})
