@@ -17,8 +17,10 @@ from distckpt.storage.connection import Connection
 from distckpt.storage.contract import Buffer
 from distckpt.storage.failures import server_code
 from distckpt.storage.obstores import FastUploads
-from distckpt.storage.requests import MOST_REQUESTS, Requests
+from distckpt.storage.requests import Requests
 from distckpt.storage.retries import BrokenAnswerError
+
+NUM_READERS = 12  # each may hold one request's bytes beside what it reads into
 
 _ERROR = re.compile(rb"\s*(<\?xml[^>]*\?>)?\s*<Error>")
 _NO_CONDITIONS = {"NotImplemented", "501"}
@@ -36,7 +38,7 @@ class S3Client:
 
     is_outside = True
     read_bytes = 8 << 20
-    num_readers = MOST_REQUESTS
+    num_readers = NUM_READERS
 
     def __init__(self, connection: Connection, *, url: str, engine: str | None = None) -> None:
         self._requests = Requests(connection)

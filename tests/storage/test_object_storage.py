@@ -15,7 +15,8 @@ from fault_proxy import Fault, FaultProxy
 
 from distckpt.errors import StorageError
 from distckpt.storage import KeepsUploads, LocalStorage, ObjectStorage, Storage, UnfinishedUpload, open_storage
-from distckpt.storage.parts import LEAST_PART, USUAL_PART, part_size
+from distckpt.storage.downloads import REQUEST_BYTES
+from distckpt.storage.parts import AT_ONCE, GRAIN, LEAST_PART, USUAL_PART, part_size
 
 LIMIT = 1 << 20
 
@@ -112,8 +113,17 @@ def test_parts_are_equal_small_enough_to_travel_together_and_at_most_ten_thousan
         size = part_size(num_bytes)
         assert {part_size(num_bytes, number) for number in (0, 1, 9_999)} == {size}
         assert -(-num_bytes // size) <= 10_000
+        assert size % GRAIN == 0
     assert part_size(20 << 20) == LEAST_PART
     assert part_size(100 << 30) == USUAL_PART
+
+
+def test_parts_of_a_large_file_come_in_full_rounds() -> None:
+    for num_bytes in [200_000_000, 1_024_000_000, 5_000_000_001, 60 << 30]:
+        size = part_size(num_bytes)
+        num_left_over = -(-num_bytes // size) % AT_ONCE
+        assert num_left_over == 0 or num_left_over > AT_ONCE * 0.6
+        assert size <= USUAL_PART
 
 
 def test_ten_thousand_parts_are_enough_for_files_of_unknown_size() -> None:
@@ -289,6 +299,42 @@ def test_truncated_answers_are_asked_for_again(storage: Storage, proxy: FaultPro
     assert into == bytes(range(50, 150))
     proxy.fail(Fault(method="GET", where="run/f", action="truncate"))
     assert storage.read_all("f", limit_bytes=LIMIT) == bytes(range(200))
+
+
+def replaced(proxy: FaultProxy, s3_filesystem: s3fs.S3FileSystem, path: str, data: bytes) -> Callable[[], None]:
+    """Return what replaces an object once a part of it was read."""
+
+    def replace() -> None:
+        deadline = time.monotonic() + 30
+        while not any(seen.status for seen in proxy.seen if seen.method == "GET") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        s3_filesystem.pipe_file(path, data)
+
+    return replace
+
+
+def test_ranges_of_an_object_that_is_replaced_meanwhile_are_never_mixed(
+    storage: Storage, proxy: FaultProxy, s3_filesystem: s3fs.S3FileSystem, s3_bucket: str
+) -> None:
+    data = b"1" * 2 * REQUEST_BYTES
+    storage.put("f", [data])
+    replace = replaced(proxy, s3_filesystem, f"{s3_bucket}/run/f", b"2" * len(data))
+    proxy.fail(Fault(method="GET", where="run/f", action="call", skip=1, first=replace))
+    with pytest.raises(StorageError, match="replaced while it was read"):
+        storage.read("f", 0, memoryview(bytearray(len(data))))
+
+
+def test_the_rest_of_an_object_that_is_replaced_meanwhile_is_not_taken(
+    storage: Storage, proxy: FaultProxy, s3_filesystem: s3fs.S3FileSystem, s3_bucket: str
+) -> None:
+    storage.put("f", [b"1" * 1000])
+
+    def replace() -> None:
+        s3_filesystem.pipe_file(f"{s3_bucket}/run/f", b"2" * 1000)
+
+    proxy.fail(Fault(method="GET", where="run/f", action="truncate", then=replace))
+    with pytest.raises(StorageError, match="PreconditionFailed"):
+        storage.read("f", 0, memoryview(bytearray(1000)))
 
 
 def test_answers_that_are_always_truncated_are_an_error(storage: Storage, proxy: FaultProxy) -> None:
