@@ -47,3 +47,11 @@ def try_all(url: str, options: dict[str, Any], num_numbers: int) -> list[str]:
         except DistckptError as error:
             said.append(f"{type(error).__name__}: {error}")
     return said
+
+
+def restore_whole(url: str, options: dict[str, Any], num_numbers: int) -> None:
+    """Restore the newest checkpoint as a job does that starts again."""
+    state = build(0, num_numbers)
+    with distckpt.CheckpointManager(url, storage_options=options, signals=()) as manager:
+        assert manager.restore(state) == NEWEST
+    assert torch.equal(state["weight"], build(NEWEST, num_numbers)["weight"])

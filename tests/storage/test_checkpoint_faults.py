@@ -22,9 +22,11 @@ SLOW = pytest.mark.slow
 _ANY_ATTEMPT = re.compile(r"[0-9a-f]{16}")
 
 
-def options(engine: str, *, tries: int | None = None) -> dict[str, Any]:
+def options(engine: str, *, kind: str = "", tries: int | None = None) -> dict[str, Any]:
+    """Return storage options with the patience that a kind of fault needs, and on a busy machine a long one else."""
     retries = {} if tries is None else {"retries": {"total_max_attempts": tries}}
-    return {"engine": engine, "config_kwargs": {"read_timeout": READ_TIMEOUT_S, **retries}}
+    read_timeout = READ_TIMEOUT_S if kind == "answer late" else 30
+    return {"engine": engine, "config_kwargs": {"connect_timeout": 30, "read_timeout": read_timeout, **retries}}
 
 
 def in_parts(num_ranks: int) -> int:
@@ -67,9 +69,10 @@ def test_one_fault_at_any_request_of_saving_pruning_and_restoring_is_mended(
         fault.skip = fail_at
         proxy.fail(fault)
         url = f"s3://{s3_bucket}/run-{fail_at}"
-        job.run(checkpoint_jobs.save, url, options(engine), num_numbers)
+        job.run(checkpoint_jobs.save, url, options(engine, kind=kind), num_numbers)
         assert (
-            job.run(checkpoint_jobs.restore, url, options(engine), num_numbers) == [checkpoint_jobs.NEWEST] * num_ranks
+            job.run(checkpoint_jobs.restore, url, options(engine, kind=kind), num_numbers)
+            == [checkpoint_jobs.NEWEST] * num_ranks
         )
         has_failed = fault.times == 0
         assert left_in(s3_filesystem, url) == {"lease", f"step-{checkpoint_jobs.NEWEST:012d}"}, f"fault at {fail_at}"
