@@ -261,7 +261,7 @@ class KeepsUploads(Protocol):
         """Return the unfinished uploads below the root that are older than this, oldest first.
 
         Args:
-            older_than_s: In seconds; 0 are all, those that are in flight too.
+            older_than_s: In seconds; 0 are all, also those that are in flight, or of unknown age.
             sized: Whether to ask what the server holds of each, a request for each.
 
         Raises:

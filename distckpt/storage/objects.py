@@ -181,7 +181,9 @@ class ObjectStorage:
         """Return unfinished uploads, as `KeepsUploads.uploads` says; none where only fsspec knows the server."""
         newest = time.time() - older_than_s
         with self._telling("list the unfinished uploads of", ""):
-            found = [each for each in self._client.uploads(self._root) if each.started <= newest]
+            found = [
+                each for each in self._client.uploads(self._root) if older_than_s <= 0 or 0 < each.started <= newest
+            ]
             sizes = self._client.upload_sizes(found) if sized else [None] * len(found)
         uploads = [
             UnfinishedUpload(name=self._name(each.path), id=each.id, started=each.started, num_bytes=size)

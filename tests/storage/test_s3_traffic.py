@@ -37,6 +37,7 @@ def test_a_listing_of_100_checkpoints_is_one_request_and_one_for_each(proxy: Fau
     with distckpt.CheckpointManager(url, keep=NUM_CHECKPOINTS, background=False, storage_options=OPTIONS) as manager:
         for step in range(1, NUM_CHECKPOINTS + 1):
             manager.save(step, {"weight": torch.ones(4)})
+        manager.wait()  # for pruning, which lists too
         proxy.reset()
         assert len(manager.checkpoints) == NUM_CHECKPOINTS
         assert len(without_lease(proxy)) == NUM_CHECKPOINTS + 1
