@@ -117,7 +117,7 @@ C
   wait_for 200 sh -c 'ceph osd stat | grep -q "1 up"'
   radosgw -n client.rgw --rgw-frontends "beast endpoint=127.0.0.1:$RGW_PORT" >>"$DIR/log/boot.log" 2>&1
   wait_for 600 curl -fs -o /dev/null "http://127.0.0.1:$RGW_PORT/"
-  radosgw-admin -n client.rgw user create --uid=test --display-name=test --access-key="$ACCESS" --secret="$SECRET" \
+  radosgw-admin -n client.rgw user create --uid=test --display-name=test --max-buckets=0 --access-key="$ACCESS" --secret="$SECRET" \
       >"$DIR/user.json" 2>>"$DIR/log/boot.log"
   cat >"$DIR/env.sh" <<C
 export AWS_ACCESS_KEY_ID=$ACCESS AWS_SECRET_ACCESS_KEY=$SECRET AWS_DEFAULT_REGION=us-east-1 AWS_REGION=us-east-1

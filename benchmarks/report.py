@@ -28,6 +28,7 @@ class Report:
         absent: Why a contender was not run at all, by name.
         own: distckpt's contenders, which have targets to reach.
         limits: The contenders that are what the machine can do.
+        checks: Targets that have no column of their own.
     """
 
     benchmark: str
@@ -38,6 +39,7 @@ class Report:
     absent: Mapping[str, str] = field(default_factory=dict)
     own: Sequence[str] = ("distckpt",)
     limits: Sequence[str] = ()
+    checks: Sequence[Column] = ()
 
     @property
     def contenders(self) -> list[str]:
@@ -82,7 +84,8 @@ class Report:
     @property
     def verdicts(self) -> list[Verdict]:
         """What came of each target; without numbers if the run was too noisy."""
-        return judge(self.run, self.columns, own=self.own, names=self.contenders, limits=self.limits)
+        columns = [*self.columns, *self.checks]
+        return judge(self.run, columns, own=self.own, names=self.contenders, limits=self.limits)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, also what the table leaves out because the run was too noisy."""

@@ -22,6 +22,7 @@ Cell = Callable[[], Mapping[str, float]]
 Measured = Mapping[str, Mapping[str, float]]
 
 LEAST_ROUNDS = 3  # of a run that was cut short
+SELDOM = 3  # a slow contender runs in the first of so many rounds
 
 # What several ranks measure becomes one value: a duration is that of the slowest, work and bytes add up.
 _SUMMED = ("cpu_s", "_bytes")
@@ -51,12 +52,14 @@ class Rules:
         max_noise: How far a reference may stray from its median in a good round, as a fraction of it.
         seed: What the orders are drawn from.
         limit_s: Seconds after which no further round begins; the first always does.
+        slow_s: Who takes longer than so many seconds is measured in every third round only.
     """
 
     num_rounds: int = 5
     max_noise: float = 0.25
     seed: int = 0
     limit_s: float = float("inf")
+    slow_s: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,13 +164,18 @@ def interleave(
     rounds: list[Measured] = []
     failed: dict[str, str] = {}
     loads: list[float] = []
+    slow: set[str] = set()
     while len(rounds) < 2 * rules.num_rounds:
-        names = [name for name in cells if name not in failed]
+        resting = slow if len(rounds) % SELDOM else set()
+        names = [name for name in cells if name not in failed and name not in resting]
         order.shuffle(names)
         loads.append(os.getloadavg()[0])
         measured = {}
         for name in names:
+            begun = time.monotonic()
             value = _measure(cells[name], team)
+            if rules.slow_s < float("inf") and team.agree(time.monotonic() - begun > rules.slow_s):
+                slow.add(name)
             if isinstance(value, str):
                 failed[name] = value
             else:

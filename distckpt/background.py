@@ -15,9 +15,10 @@ from functools import partial
 
 from distckpt import catalog
 from distckpt.catalog import Checkpoint, Folder
+from distckpt.errors import StorageError
 from distckpt.events import Callback, Pruned
 from distckpt.retention import Retention, decide
-from distckpt.storage import FileInfo, Storage
+from distckpt.storage import FileInfo, KeepsUploads, Storage
 
 logger = logging.getLogger("distckpt")
 
@@ -239,6 +240,14 @@ class Pruner:
         for folder in folders:
             if folder.committed:
                 self._remove_strays(storage, folder)
+        if isinstance(storage, KeepsUploads):
+            try:
+                abandoned = storage.uploads()
+                if abandoned:
+                    self._insist()
+                    storage.abort_uploads(abandoned)
+            except StorageError as error:  # it may be nobody's right to see them
+                logger.info("unfinished uploads are left where they are: %s", error)
 
     def _remove_strays(self, storage: Storage, folder: Folder) -> None:
         found = catalog.strays(storage, folder)

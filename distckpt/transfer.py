@@ -250,7 +250,7 @@ def _put(storage: Storage, name: str, chunks: Iterator[memoryview], *, begin: in
     except CheckpointDamagedError:  # of the source: this will never be whole
         with suppress(DistckptError):
             if isinstance(storage, KeepsUploads):
-                found = [each for each in storage.uploads(older_than_s=0.0) if each.path.endswith(f"/{name}")]
+                found = [each for each in storage.uploads(older_than_s=0.0) if each.name == name]
                 storage.abort_uploads(found)
             storage.delete([name])
         raise

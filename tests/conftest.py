@@ -12,6 +12,15 @@ from s3_server import s3_bucket, s3_server
 __all__ = ["s3_bucket", "s3_server"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a real S3 server be tested against."""
+    parser.addoption(
+        "--s3-endpoint",
+        metavar="URL",
+        help="an S3 server to test against instead of moto's, with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY set",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked `gpu` on a machine without one."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -21,7 +21,7 @@ Action = Literal[
     "trickle",  # answer in small pieces, over `delay_s`
     "ignore-range",  # ask for the whole object
     "ignore-condition",  # drop If-None-Match
-    "call",  # call `then` once the server has done it, before its answer is handed on
+    "call",  # nothing but to call `first` and `then`
 ]
 
 
@@ -29,7 +29,8 @@ Action = Literal[
 class Fault:
     """What goes wrong with `times` requests of `method` (any, if empty) whose path and query contain `where`.
 
-    The first `skip` such requests go well.
+    The first `skip` such requests go well. `first` is called before the server is asked, `then` once it has done
+    it, before the client is answered.
     """
 
     action: Action
@@ -41,6 +42,7 @@ class Fault:
     code: str = "ServiceUnavailable"
     delay_s: float = 0.0
     only_conditional: bool = False
+    first: Callable[[], None] = lambda: None
     then: Callable[[], None] = lambda: None
 
 
@@ -135,7 +137,9 @@ class FaultProxy:
 
     def _relay(self, handler: BaseHTTPRequestHandler, host: str, port: int) -> None:
         headers = {key.lower(): value for key, value in handler.headers.items()}
-        seen = Seen(method=handler.command, target=handler.path, headers=dict(headers))
+        # A client that takes this for a proxy sends whole URLs; whom they are meant for is in the header, too.
+        target = urlsplit(handler.path)._replace(scheme="", netloc="").geturl()
+        seen = Seen(method=handler.command, target=target, headers=dict(headers))
         fault = self._next_fault(seen)
         action = fault.action if fault else None
         body = _body(handler, headers, is_cut=action == "cut-request")
@@ -153,12 +157,14 @@ class FaultProxy:
             headers.pop("if-none-match", None)
         connection = http.client.HTTPConnection(host, port, timeout=30)
         try:
-            connection.request(handler.command, handler.path, body=body, headers=headers)
+            if fault is not None:
+                fault.first()
+            connection.request(handler.command, target, body=body, headers=headers)
             answer = connection.getresponse()
             data = answer.read()
         finally:
             connection.close()
-        if fault is not None and action == "call":
+        if fault is not None:
             fault.then()
         if action == "lose-answer":
             handler.close_connection = True

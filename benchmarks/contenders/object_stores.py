@@ -186,6 +186,36 @@ def boto3_mover(place: Place) -> Mover:
     return Mover(upload=lambda o: each(put, o), download=lambda o: each(get, o))
 
 
+def crt_mover(place: Place) -> Mover:
+    """Amazon's CRT client, which is in C, below boto3's transfer manager."""
+    import botocore.session
+    from s3transfer.crt import (
+        BotocoreCRTCredentialsWrapper,
+        BotocoreCRTRequestSerializer,
+        CRTTransferManager,
+        create_s3_crt_client,
+    )
+
+    session = botocore.session.get_session()
+    credentials = BotocoreCRTCredentialsWrapper(session.get_credentials()).to_crt_credentials_provider()
+    client = create_s3_crt_client(
+        REGION,
+        crt_credentials_provider=credentials,
+        use_ssl=place.endpoint.startswith("https://"),
+        part_size=PART_BYTES,
+    )
+    serializer = BotocoreCRTRequestSerializer(session, {"region_name": REGION, "endpoint_url": place.endpoint})
+    manager = CRTTransferManager(client, serializer)
+
+    def put(key: str, view: memoryview) -> None:
+        manager.upload(_View(view), place.bucket, f"crt/{key}").result()
+
+    def get(key: str, view: memoryview) -> None:
+        manager.download(place.bucket, f"crt/{key}", _View(view)).result()
+
+    return Mover(upload=lambda o: each(put, o), download=lambda o: each(get, o))
+
+
 def obstore_mover(place: Place) -> Mover:
     """obstore, with unsigned payloads."""
     import obstore
@@ -260,6 +290,7 @@ def open_movers(place: Place, only: Sequence[str] | None) -> tuple[dict[str, Mov
         "distckpt, obstore": ("obstore", lambda: distckpt_mover(place, "obstore")),
         **{name: ("s3fs", lambda mover=mover: mover) for name, mover in s3fs_movers(place).items()},  # type: ignore[misc]
         "boto3 transfer manager": ("boto3", lambda: boto3_mover(place)),
+        "CRT client": ("awscrt", lambda: crt_mover(place)),
         "obstore": ("obstore", lambda: obstore_mover(place)),
         "s3torchconnector": ("s3torchconnector", lambda: connector_mover(place)),
         "DCP FsspecWriter, FsspecReader": ("torch", lambda: dcp_mover(place)),

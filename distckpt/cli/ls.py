@@ -4,13 +4,15 @@ With `--keep N` also what retention would do with each, and why (a running job a
 which cannot be seen here); with `--tree` by lineage: each checkpoint below the one that its run went on from, those of
 the run's branches among them.
 
-JSON: {"url", "outcome", "branches": [...], "checkpoints": [...]}.
+JSON: {"url", "outcome", "branches": [...], "uploads": [...], "checkpoints": [...]}.
 "outcome" is how the latest job that saved here stands, null if none said anything: "state" ("complete", "preempted",
 "failed", "running", or "unknown": it ended without a word), "host" and "pid" of its rank 0, "since" and "renewed" (when
 it began, and last gave a sign of life), and "step", "time" and "reason" of its end (null: it said nothing of it).
 A preempted one's "step" is what the next start goes on from, and its "reason" says what asked it to stop, how much time
 was left, and what was done in it.
 "branches" are those that went off from checkpoints of the run itself, each with "name", "path" and "step" (where).
+"uploads" are unfinished ones (in flight, or of a process that was killed), oldest first, each with "path", "id",
+"started" (null: unknown) and "bytes" (what the server holds of it, null: unknown); null if they may not be listed.
 "checkpoints" come oldest step first, with --tree also those of branches, each with "branch" (null: the run itself),
 "step" (null: unknown), "path", "state" ("committed", "partial", "damaged" or "newer format"), "problem" (of a damaged
 or newer one, else null), "bytes" (of the data files; of all files if it is not committed), "modified" (the newest
@@ -30,15 +32,16 @@ from typing import Annotated, Any
 import typer
 
 from distckpt import inventory, names
-from distckpt.cli import terminal
+from distckpt.cli import terminal, uploads
 from distckpt.cli.lineage import lines_of
 from distckpt.cli.options import AsJson, StorageOptions, Url, open_url
 from distckpt.cli.prune import Item, make_plan
 from distckpt.cli.tables import Row, print_table
+from distckpt.errors import CheckpointNotFoundError
 from distckpt.inventory import Found
 from distckpt.leasefiles import standing
 from distckpt.retention import Retention
-from distckpt.storage import Storage
+from distckpt.storage import Storage, UnfinishedUpload
 
 _STYLES = {"committed": "green", "partial": "yellow", "damaged": "bold red", "newer format": "red"}
 
@@ -61,19 +64,38 @@ def ls(
 ) -> None:
     """List the checkpoints of a run: one line each, also for partial and damaged ones."""
     storage = open_url(url, storage_options)
-    found = inventory.take(storage, brief=True, branches=tree)
+    unfinished = uploads.look(storage)
+    found = _found(storage, unfinished, branches=tree)
     found.sort(key=lambda one: -1 if one.step is None else one.step)
     retention = None if keep is None else Retention(last=keep)
     plan = [None for _ in found] if retention is None else _plan(found, retention)
     if as_json:
         listed = [_facts(storage.url, one, item) for one, item in zip(found, plan, strict=True)]
-        facts = {"url": storage.url, "outcome": _outcome(storage), "branches": _branches(storage.url, found)}
-        terminal.print_json({**facts, "checkpoints": listed})
+        facts = {
+            "url": storage.url,
+            "outcome": _outcome(storage),
+            "branches": _branches(storage.url, found),
+            "uploads": None if unfinished is None else [uploads.facts(storage.url, each) for each in unfinished],
+            "checkpoints": listed,
+        }
+        terminal.print_json(facts)
         return
     _print_table(found, plan, tree=tree)
     _print_summary(url, found)
     _print_branches(url, _branches(storage.url, found), tree=tree)
+    if unfinished:
+        terminal.say(uploads.summary(url, unfinished, now=time.time()))
     _print_outcome(_outcome(storage))
+
+
+def _found(storage: Storage, unfinished: list[UnfinishedUpload] | None, *, branches: bool) -> list[Found]:
+    """Return what lies there; nothing is an error unless uploads are on their way, or were."""
+    try:
+        return inventory.take(storage, brief=True, branches=branches)
+    except CheckpointNotFoundError:
+        if not unfinished:
+            raise
+        return []
 
 
 def _plan(found: list[Found], retention: Retention) -> list[Item | None]:
@@ -203,7 +225,8 @@ def _print_summary(url: str, found: list[Found]) -> None:
     """Say what there is in all, and what to do about what is no checkpoint."""
     counts = Counter(one.state for one in found)
     parts = [f"{count} {state}" for state, count in counts.items()]
-    terminal.say(f"{', '.join(parts)}; {terminal.size_text(sum(one.num_bytes for one in found))} in all")
+    counted = ", ".join(parts) or "no checkpoint"
+    terminal.say(f"{counted}; {terminal.size_text(sum(one.num_bytes for one in found))} in all")
     for one in found:
         if one.problem is not None:
             terminal.say(f"step {one.step}: {one.problem_file} {one.problem}")

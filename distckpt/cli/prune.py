@@ -1,8 +1,10 @@
 """`distckpt prune URL`: show which checkpoints of a run would go and why the others stay, and with `--yes` delete.
 
-JSON: {"url", "deleted" (whether anything was: false without --yes), "bytes" (of what goes), "plan": [...]}, oldest step
-first, each with "step", "path", "state" (as `ls` has it), "bytes", "action" ("keep" or "delete"), "reasons".
-A partial or damaged one that changes between plan and deletion is left; its action in the JSON is then "keep".
+JSON: {"url", "deleted" (whether anything was: false without --yes), "bytes" (of what goes), "plan": [...],
+"uploads": [...]}. The plan comes oldest step first, each with "step", "path", "state" (as `ls` has it), "bytes",
+"action" ("keep" or "delete"), "reasons". A partial or damaged one that changes between plan and deletion is left; its
+action in the JSON is then "keep".
+"uploads" are unfinished ones, as `ls` has them, each with "action" ("keep" or "abort") and "reasons" too.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from typing import Annotated, Any
 import typer
 
 from distckpt import catalog, inventory, names
-from distckpt.cli import terminal
+from distckpt.cli import terminal, uploads
 from distckpt.cli.options import AsJson, StorageOptions, open_url
 from distckpt.cli.tables import Row, print_table
-from distckpt.errors import ConfigError
+from distckpt.cli.uploads import UploadItem
+from distckpt.errors import CheckpointNotFoundError, ConfigError
 from distckpt.inventory import Found
 from distckpt.retention import Retention, decide
 from distckpt.storage import Storage
@@ -101,14 +104,15 @@ def prune(
 ) -> None:
     """Show which checkpoints of a run would go, and why the others stay; with --yes, delete.
 
-    The newest committed checkpoint always stays, and so do pinned ones, and those that a branch went off from.
+    The newest committed checkpoint always stays, and so do pinned ones, and those that a branch went off from. Uploads
+    to an object store that were begun more than a day ago and never finished are aborted, too.
     """
     retention = _retention(last=last, best=best, metric=metric, mode=mode, every=every, within_s=within_s)
     if retention is None and not partial:
         raise typer.BadParameter("say what to keep (--keep 3, ...), or what else to delete (--partial)")
     storage = open_url(url, storage_options)
-    found = inventory.take(storage)
-    if found[0].folder is None:
+    found, unfinished = _found(storage)
+    if found and found[0].folder is None:
         raise ConfigError(
             source="URL",
             problem=f"{storage.url!r} is one checkpoint's folder; prune takes a run's directory",
@@ -118,13 +122,25 @@ def prune(
         _check_metric(found, retention)
     plan = make_plan(found, retention, partial=partial, now=time.time())
     if not as_json:
-        _print_plan(plan)
+        _print_plan(plan, unfinished)
     if yes:
         plan = _carry_out(storage, plan)
+        uploads.carry_out(storage, unfinished)
     if as_json:
-        terminal.print_json(_facts(storage.url, plan, done=yes))
+        terminal.print_json(_facts(storage.url, plan, unfinished, done=yes))
     else:
-        _print_summary(plan, done=yes)
+        _print_summary(plan, unfinished, done=yes)
+
+
+def _found(storage: Storage) -> tuple[list[Found], list[UploadItem]]:
+    """Return what lies there, and what happens to unfinished uploads."""
+    unfinished = uploads.plan(uploads.look(storage), now=time.time())
+    try:
+        return inventory.take(storage), unfinished
+    except CheckpointNotFoundError:
+        if not unfinished:
+            raise
+        return [], unfinished
 
 
 def _retention(
@@ -217,11 +233,17 @@ def _carry_out(storage: Storage, plan: list[Item]) -> list[Item]:
     return done
 
 
-def _facts(url: str, plan: list[Item], *, done: bool) -> dict[str, Any]:
+def _num_bytes(plan: list[Item], unfinished: list[UploadItem]) -> int:
+    """Return the size of what goes."""
+    going = uploads.size_of([item.upload for item in unfinished if item.goes])
+    return going + sum(item.found.num_bytes for item in plan if item.goes)
+
+
+def _facts(url: str, plan: list[Item], unfinished: list[UploadItem], *, done: bool) -> dict[str, Any]:
     return {
         "url": url,
-        "deleted": done and any(item.goes for item in plan),
-        "bytes": sum(item.found.num_bytes for item in plan if item.goes),
+        "deleted": done and (any(item.goes for item in plan) or any(each.goes for each in unfinished)),
+        "bytes": _num_bytes(plan, unfinished),
         "plan": [
             {
                 "step": item.found.step,
@@ -233,10 +255,11 @@ def _facts(url: str, plan: list[Item], *, done: bool) -> dict[str, Any]:
             }
             for item in plan
         ],
+        "uploads": uploads.plan_facts(url, unfinished),
     }
 
 
-def _print_plan(plan: list[Item]) -> None:
+def _print_plan(plan: list[Item], unfinished: list[UploadItem]) -> None:
     from rich.text import Text
 
     rows = []
@@ -244,16 +267,23 @@ def _print_plan(plan: list[Item]) -> None:
         action = Text("delete", "bold red") if item.goes else Text("keep", "green")
         size = terminal.size_text(item.found.num_bytes)
         rows.append(Row(cells=(f"{item.found.step:,}", item.found.state, size, action, "; ".join(item.reasons))))
+    for each in unfinished:
+        step = names.parse_step(each.upload.name.partition("/")[0])
+        action = Text("abort", "bold red") if each.goes else Text("keep", "green")
+        size = "" if each.upload.num_bytes is None else terminal.size_text(each.upload.num_bytes)
+        place = "?" if step is None else f"{step:,}"
+        rows.append(Row(cells=(place, "upload", size, action, each.reason)))
     print_table(["step", "state", "size", "", "reason"], rows, right=["step", "size"], fixed=-1)
     sys.stdout.flush()
 
 
-def _print_summary(plan: list[Item], *, done: bool) -> None:
-    going = [item for item in plan if item.goes]
-    size = terminal.size_text(sum(item.found.num_bytes for item in going))
-    if not going:
+def _print_summary(plan: list[Item], unfinished: list[UploadItem], *, done: bool) -> None:
+    num_going, num_aborted = sum(item.goes for item in plan), sum(each.goes for each in unfinished)
+    size = terminal.size_text(_num_bytes(plan, unfinished))
+    verbs = ("deleted", "aborted") if done else ("would delete", "abort")
+    aborted = f" and {verbs[1]} {terminal.count_text(num_aborted, 'upload')}" if num_aborted else ""
+    if not num_going and not num_aborted:
         terminal.say("nothing to delete")
-    elif done:
-        terminal.say(f"deleted {len(going)} of {len(plan)}, {size}")
     else:
-        terminal.say(f"would delete {len(going)} of {len(plan)}, {size}; nothing is deleted without --yes")
+        advice = "" if done else "; nothing is deleted without --yes"
+        terminal.say(f"{verbs[0]} {num_going} of {len(plan)}{aborted}, {size}{advice}")

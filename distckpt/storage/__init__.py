@@ -1,21 +1,22 @@
 """Where checkpoints lie: local files, and object stores through fsspec."""
 
-from distckpt.storage.clients import Upload
 from distckpt.storage.contract import (
     Begun,
     Buffer,
     Capabilities,
     ContinuingStorage,
     FileInfo,
+    KeepsUploads,
     OpenFile,
     Readable,
     StepwiseStorage,
     Storage,
+    UnfinishedUpload,
     read_scattered,
     withdraw,
 )
 from distckpt.storage.local import LocalStorage
-from distckpt.storage.objects import KeepsUploads, ObjectStorage
+from distckpt.storage.objects import ObjectStorage
 from distckpt.storage.opening import open_storage
 from distckpt.storage.wrappers import CountingStorage, VerbCount
 
@@ -33,7 +34,7 @@ __all__ = [
     "Readable",
     "StepwiseStorage",
     "Storage",
-    "Upload",
+    "UnfinishedUpload",
     "VerbCount",
     "open_storage",
     "read_scattered",

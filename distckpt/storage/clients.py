@@ -111,6 +111,10 @@ class Client(Protocol):
         """Return the unfinished uploads below the folder `prefix`."""
         ...
 
+    def upload_sizes(self, uploads: Sequence[Upload]) -> Sequence[int | None]:
+        """Return how many bytes the server holds of each unfinished upload; None of one that it tells nothing of."""
+        ...
+
     def abort(self, upload: Upload) -> None:
         """Abort an unfinished upload; one that is gone is no error."""
         ...
@@ -249,6 +253,10 @@ class FilesystemClient:
     def uploads(self, prefix: str) -> list[Upload]:
         """Return nothing: fsspec does not show unfinished uploads."""
         return []
+
+    def upload_sizes(self, uploads: Sequence[Upload]) -> Sequence[int | None]:
+        """Return that nothing is known of any."""
+        return [None] * len(uploads)
 
     def abort(self, upload: Upload) -> None:
         """Do nothing: there is no such upload."""

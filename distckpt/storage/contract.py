@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 from distckpt.names import checked
 
 Buffer = bytes | bytearray | memoryview
+DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +273,48 @@ class StepwiseStorage(Protocol):
 
     def reading(self, name: str) -> AbstractContextManager[OpenFile]:
         """Open a file for reading; raises as `Storage.read` does."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnfinishedUpload:
+    """An upload that has begun and is neither finished nor aborted: in flight, or of a process that was killed.
+
+    Attributes:
+        name: The file that it would become, below the storage's root.
+        id: The server's name for it.
+        started: When it began, in seconds since 1970; 0.0 if the server does not say.
+        num_bytes: What the server holds of it, in bytes; None if that was not asked for, or is not told.
+    """
+
+    name: str
+    id: str
+    started: float
+    num_bytes: int | None = None
+
+
+@runtime_checkable
+class KeepsUploads(Protocol):
+    """A storage where an upload that was killed leaves something that `Storage.list` does not show."""
+
+    def uploads(self, *, older_than_s: float = DAY_S, sized: bool = False) -> Sequence[UnfinishedUpload]:
+        """Return the unfinished uploads below the root that are older than this, oldest first.
+
+        Args:
+            older_than_s: In seconds; 0 are all, also those that are in flight, or of unknown age.
+            sized: Whether to ask what the server holds of each, a request for each.
+
+        Raises:
+            StorageError: They could not be listed.
+        """
+        ...
+
+    def abort_uploads(self, uploads: Iterable[UnfinishedUpload]) -> int:
+        """Abort unfinished uploads, and return how many; those that are gone are no error.
+
+        Raises:
+            StorageError: One could not be aborted; those before it are gone.
+        """
         ...
 
 

@@ -171,7 +171,7 @@ def _words(error: BaseException, code: str | None) -> str:
     if isinstance(error, OSError) and error.errno is not None and len(error.args) > 1:
         words = " ".join(str(error.args[1]).split())  # without "[Errno 22]"
     if words in ("", "None"):
-        words = type(error).__name__
+        words = code or type(error).__name__
     if code is not None:
         return words if code in words else f"{words} ({code})"
     return words if isinstance(error, OSError) else f"{type(error).__name__}: {words}"

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from fsspec import AbstractFileSystem
 
@@ -19,34 +19,12 @@ from distckpt.errors import DistckptError, StorageError
 from distckpt.names import checked, join
 from distckpt.storage.clients import RACE_CODES, S3_SCHEMES, Client, FilesystemClient, Upload
 from distckpt.storage.connection import Connection
-from distckpt.storage.contract import Begun, Buffer, Capabilities, FileInfo, is_plain
+from distckpt.storage.contract import DAY_S, Begun, Buffer, Capabilities, FileInfo, UnfinishedUpload, is_plain
 from distckpt.storage.failures import STALE_CREDENTIALS, redacted, remote_error, server_code
 from distckpt.storage.retries import judged
 from distckpt.storage.s3 import S3Client
 
 CREATE_TRIES = 3
-DAY_S = 86_400.0
-
-
-@runtime_checkable
-class KeepsUploads(Protocol):
-    """A storage where an upload that was killed leaves something that `Storage.list` does not show."""
-
-    def uploads(self, *, older_than_s: float = DAY_S) -> Sequence[Upload]:
-        """Return the unfinished uploads below the root that are older than this, oldest first.
-
-        Raises:
-            StorageError: They could not be listed.
-        """
-        ...
-
-    def abort_uploads(self, uploads: Iterable[Upload]) -> int:
-        """Abort unfinished uploads, and return how many; those that are gone are no error.
-
-        Raises:
-            StorageError: One could not be aborted.
-        """
-        ...
 
 
 class ObjectStorage:
@@ -196,7 +174,7 @@ class ObjectStorage:
         infos = []
         with self._telling("list", folder):
             for path, num_bytes, modified in self._client.find(prefix):
-                name = path.removeprefix(f"{self._root}/")
+                name = self._name(path)
                 if path.startswith(f"{prefix}/") and is_plain(name):
                     infos.append(FileInfo(name=name, num_bytes=num_bytes, modified=modified))
         return sorted(infos, key=lambda info: info.name)
@@ -215,23 +193,32 @@ class ObjectStorage:
         with self._telling("delete", name):
             self._client.withdraw(self._path(name))
 
-    def uploads(self, *, older_than_s: float = DAY_S) -> Sequence[Upload]:
+    def uploads(self, *, older_than_s: float = DAY_S, sized: bool = False) -> Sequence[UnfinishedUpload]:
         """Return unfinished uploads, as `KeepsUploads.uploads` says; none where only fsspec knows the server."""
-        with self._telling("list the unfinished uploads of", ""):
-            found = self._client.uploads(self._root)
         newest = time.time() - older_than_s
-        return sorted((each for each in found if each.started <= newest), key=lambda each: each.started)
+        with self._telling("list the unfinished uploads of", ""):
+            found = [
+                each for each in self._client.uploads(self._root) if older_than_s <= 0 or 0 < each.started <= newest
+            ]
+            sizes = self._client.upload_sizes(found) if sized else [None] * len(found)
+        uploads = [
+            UnfinishedUpload(name=self._name(each.path), id=each.id, started=each.started, num_bytes=size)
+            for each, size in zip(found, sizes, strict=True)
+        ]
+        return sorted((each for each in uploads if is_plain(each.name)), key=lambda each: each.started)
 
-    def abort_uploads(self, uploads: Iterable[Upload]) -> int:
+    def abort_uploads(self, uploads: Iterable[UnfinishedUpload]) -> int:
         """Abort unfinished uploads, as `KeepsUploads.abort_uploads` says."""
         num_aborted = 0
         for each in uploads:
-            if not each.path.startswith(f"{self._root}/"):
-                raise ValueError(f"the upload of {each.path!r} is not below {self._root!r}")
-            with self._telling("abort the upload of", each.path.removeprefix(f"{self._root}/")):
-                self._client.abort(each)
+            path = self._path(each.name)
+            with self._telling("abort the upload of", each.name):
+                self._client.abort(Upload(path=path, id=each.id, started=each.started))
             num_aborted += 1
         return num_aborted
+
+    def _name(self, path: str) -> str:
+        return path.removeprefix(f"{self._root}/")
 
     def _path(self, name: str) -> str:
         return join(self._root, checked(name))

@@ -8,6 +8,7 @@ It is given what botocore has made of the user's settings, or it is not used at 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import functools
 import importlib
@@ -18,7 +19,7 @@ import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -26,11 +27,13 @@ from distckpt.errors import ConfigError, DependencyError
 from distckpt.storage import uploads
 from distckpt.storage.contract import Buffer
 from distckpt.storage.failures import server_code
+from distckpt.storage.jobs import CANCEL_LIMIT_S
 from distckpt.storage.parts import Part, cut, part_size
 from distckpt.storage.requests import Requests
 from distckpt.storage.retries import judged
 from distckpt.storage.settings import hindrance, make_store
 
+MOST_WAITING = 8  # views that obstore has not taken yet
 MOST_KEPT = 64 << 20  # bytes of memory that is not the caller's staging memory, and would live longer for a repeat
 
 _CODE = re.compile(r"<Code>(\w+)</Code>")
@@ -110,16 +113,15 @@ class FastUploads:
         return None if region == client.meta.region_name else f"a bucket in the region {region!r}"
 
     def _send(self, store: Any, key: str, path: str, chunks: Iterable[Buffer], num_bytes: int | None) -> int:
-        obstore = importlib.import_module("obstore")
         source = _Source(chunks, num_bytes)
         has_begun = False
         try:
             if source.is_small():
-                obstore.put(store, key, source, use_multipart=False)
+                self._put(store, key, source, use_multipart=False)
                 return source.num_bytes
             has_begun = True
             size, limit = part_size(num_bytes), self._requests.window.limit
-            obstore.put(store, key, source, use_multipart=True, chunk_size=size, max_concurrency=limit)
+            self._put(store, key, source, use_multipart=True, chunk_size=size, max_concurrency=limit)
             return source.num_bytes
         except Exception as error:
             if source.error is not None:
@@ -141,6 +143,29 @@ class FastUploads:
             if has_begun:
                 self._abort_all(path)
         return uploads.upload(self._requests, path, source.repeated(), num_bytes)
+
+    def _put(self, store: Any, key: str, source: _Source, **settings: Any) -> None:
+        """Hand obstore one view after another, from this thread, so that Ctrl-C ends the upload at once.
+
+        Its own blocking call would first finish the upload.
+        """
+        obstore = importlib.import_module("obstore")
+        feed = _Feed(self._requests.filesystem().loop)
+
+        async def work() -> None:
+            await obstore.put_async(store, key, feed, **settings)
+
+        job = self._requests.begin(work(), on_end=feed.end)
+        try:
+            for view in source:
+                if not feed.push(view):
+                    break
+            feed.close()
+            job.result()
+        except BaseException:
+            job.cancel()
+            job.wait(CANCEL_LIMIT_S)
+            raise
 
     def _is_there(self, path: str, num_bytes: int) -> bool:
         bucket, key = uploads.place(self._requests, path)
@@ -224,6 +249,43 @@ class _Source(Iterator[memoryview]):
         except BaseException as error:
             self.error = error
             raise
+
+
+class _Feed(AsyncIterator[memoryview]):
+    """Views that one thread pushes and an event loop of another one takes, a few of them waiting.
+
+    Args:
+        loop: The event loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._views: asyncio.Queue[memoryview | None] = asyncio.Queue()
+        self._room = threading.Semaphore(MOST_WAITING)
+        self._has_ended = False
+
+    def push(self, view: memoryview) -> bool:
+        """Add a view, once there is room; False if nobody takes any more."""
+        self._room.acquire()
+        if not self._has_ended:
+            self._loop.call_soon_threadsafe(self._views.put_nowait, view)
+        return not self._has_ended
+
+    def close(self) -> None:
+        """Say that no more views come."""
+        self._loop.call_soon_threadsafe(self._views.put_nowait, None)
+
+    def end(self) -> None:
+        """Say that nobody takes any more views."""
+        self._has_ended = True
+        self._room.release()
+
+    async def __anext__(self) -> memoryview:
+        view = await self._views.get()
+        if view is None:
+            raise StopAsyncIteration
+        self._room.release()
+        return view
 
 
 def told_by_obstore(error: Exception) -> OSError:

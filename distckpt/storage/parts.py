@@ -10,7 +10,8 @@ from distckpt.storage.contract import Buffer
 MIB = 1 << 20
 LEAST_PART = 8 * MIB  # S3's own limit is 5 MiB
 USUAL_PART = 16 * MIB
-MANY_PARTS = 16  # as long as a file has fewer usual parts, smaller ones let more of them travel at once
+AT_ONCE = 16  # parts on their way together, 256 MiB of usual ones
+GRAIN = 64 << 10  # parts of known size are cut to multiples of it
 MOST_PARTS = 9_000  # S3 takes 10,000
 PARTS_BEFORE_GROWTH = 2_000  # of files of unknown size: 2,000 of 16 MiB and 7,000 of 64 MiB make 468 GiB
 SMALL_CHUNK = 64 << 10
@@ -36,13 +37,14 @@ class Part:
 def part_size(num_bytes: int | None, num_sent: int = 0) -> int:
     """Return the size in bytes of the next part of a file of `num_bytes`, None if that is not known.
 
-    Parts of a file of known size are of one size, as some servers demand.
+    Parts of a file of known size are of one size, as some servers demand, and at most the usual one. There are as many
+    as travel together, or a multiple of that: with a few left over, the last round would take as long as a full one.
     """
     if num_bytes is None:
         return USUAL_PART if num_sent < PARTS_BEFORE_GROWTH else 4 * USUAL_PART
-    usual = LEAST_PART if num_bytes < MANY_PARTS * USUAL_PART else USUAL_PART
-    needed = -(-num_bytes // MOST_PARTS)
-    return max(usual, -(-needed // MIB) * MIB)
+    num_rounds = max(1, min(-(-num_bytes // (AT_ONCE * USUAL_PART)), MOST_PARTS // AT_ONCE))
+    needed = -(-num_bytes // (num_rounds * AT_ONCE))
+    return max(LEAST_PART, -(-needed // GRAIN) * GRAIN)
 
 
 def cut(chunks: Iterable[Buffer], num_bytes: int | None) -> Iterator[Part]:

@@ -17,12 +17,14 @@ from fsspec import AbstractFileSystem
 from distckpt.storage.connection import Connection
 from distckpt.storage.failures import server_code
 from distckpt.storage.jobs import Job, run
+from distckpt.storage.parts import AT_ONCE
 from distckpt.storage.retries import Patience, gave_up, judged
 from distckpt.storage.window import Window
 
 T = TypeVar("T")
 
-MOST_REQUESTS = 12  # at once, as long as the server keeps up
+# At once, as long as the server keeps up. Source: Amazon gives about 90 MB/s to one connection.
+MOST_REQUESTS = AT_ONCE
 SPARE_CONNECTIONS = 8
 
 logger = logging.getLogger("distckpt")

@@ -17,8 +17,10 @@ from distckpt.storage.connection import Connection
 from distckpt.storage.contract import Buffer
 from distckpt.storage.failures import server_code
 from distckpt.storage.obstores import FastUploads
-from distckpt.storage.requests import MOST_REQUESTS, Requests
+from distckpt.storage.requests import Requests
 from distckpt.storage.retries import BrokenAnswerError
+
+NUM_READERS = 12  # each may hold one request's bytes beside what it reads into
 
 _ERROR = re.compile(rb"\s*(<\?xml[^>]*\?>)?\s*<Error>")
 _NO_CONDITIONS = {"NotImplemented", "501"}
@@ -36,7 +38,7 @@ class S3Client:
 
     is_outside = True
     read_bytes = 8 << 20
-    num_readers = MOST_REQUESTS
+    num_readers = NUM_READERS
 
     def __init__(self, connection: Connection, *, url: str, engine: str | None = None) -> None:
         self._requests = Requests(connection)
@@ -184,6 +186,29 @@ class S3Client:
         """Return the unfinished uploads below the folder `prefix`."""
         bucket, key = uploads.place(self._requests, prefix)
         return list(uploads.unfinished(self._requests, bucket, f"{key}/" if key else ""))
+
+    def upload_sizes(self, uploads: Sequence[Upload]) -> Sequence[int | None]:
+        """Return how many bytes the server holds of each unfinished upload; None of one that it tells nothing of."""
+
+        async def all_of_them() -> list[int | BaseException | None]:
+            return await asyncio.gather(*map(self._upload_size, uploads), return_exceptions=True)
+
+        return [None if isinstance(size, BaseException) else size for size in self._requests.run(all_of_them())]
+
+    async def _upload_size(self, upload: Upload) -> int | None:
+        bucket, key = uploads.place(self._requests, upload.path)
+        marker: dict[str, Any] = {}
+        num_bytes = 0
+        while True:
+            page = functools.partial(
+                self._requests.once, "list_parts", Bucket=bucket, Key=key, UploadId=upload.id, **marker
+            )
+            answer = await self._requests.patiently(page)
+            num_bytes += sum(int(part["Size"]) for part in answer.get("Parts", []))
+            following = {"PartNumberMarker": answer.get("NextPartNumberMarker")}
+            if not answer.get("IsTruncated") or following == marker:
+                return num_bytes
+            marker = following
 
     def abort(self, upload: Upload) -> None:
         """Abort an unfinished upload."""

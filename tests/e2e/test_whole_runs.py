@@ -143,6 +143,18 @@ def test_a_run_on_s3_is_killed_and_ends_as_if_nothing_had_happened(
     assert distckpt("verify", url).returncode == 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_kill_at_any_moment_changes_nothing_on_s3(undisturbed: Path, tmp_path: Path, s3_bucket: str) -> None:
+    for attempt in range(20):
+        url, folder = f"s3://{s3_bucket}/runs/{attempt}", tmp_path / str(attempt)
+        mine = settings(url, f"--train.log_dir={folder / 'log'}")
+        moment = random.Random(attempt)
+        kill_at(moment.randrange(1, TOTAL - 30), mine, folder, folder / "log", later_s=moment.uniform(0, 0.5))
+        train(mine, folder)
+        assert_same_end(url, undisturbed, log=folder / "log")
+
+
 def test_what_ddp_saved_loads_in_a_plain_script(undisturbed: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -17,7 +17,7 @@ from typing import Any, Self
 import psutil
 
 ROOT = Path(__file__).parents[2]
-END_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 280.0
 POLL_S = 0.002
 
 

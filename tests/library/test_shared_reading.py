@@ -15,7 +15,11 @@ pytestmark = pytest.mark.skipif(nodecopy.place() is None, reason="no shared memo
 
 @pytest.fixture
 def place(s3_server: S3Server, s3_bucket: str) -> tuple[str, dict[str, object]]:
-    return f"s3://{s3_bucket}/run", {"key": "key", "secret": "secret", "endpoint_url": s3_server.endpoint}
+    return f"s3://{s3_bucket}/run", {
+        "key": s3_server.key,
+        "secret": s3_server.secret,
+        "endpoint_url": s3_server.endpoint,
+    }
 
 
 @pytest.mark.parametrize("only", [[], ["large"]], ids=["all", "a part"])

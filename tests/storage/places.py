@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import s3fs
+from s3_server import S3Server
 
 from distckpt.storage import Storage, open_storage
 
@@ -30,12 +31,12 @@ class Place:
         return open_storage(self.url, storage_options=self.options)
 
 
-def filesystem(endpoint: str, **config: Any) -> s3fs.S3FileSystem:
-    """Return a filesystem of its own; `config` is botocore's."""
+def filesystem(server: S3Server, *, through: str | None = None, **config: Any) -> s3fs.S3FileSystem:
+    """Return a filesystem of its own for a server, perhaps through a proxy's URL; `config` is botocore's."""
     return s3fs.S3FileSystem(
-        endpoint_url=endpoint,
-        key="testing",
-        secret="testing-secret",
+        endpoint_url=through or server.endpoint,
+        key=server.key,
+        secret=server.secret,
         config_kwargs={
             **IMPATIENT["config_kwargs"],
             "request_checksum_calculation": "when_required",

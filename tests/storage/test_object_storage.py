@@ -14,10 +14,9 @@ import s3fs
 from fault_proxy import Fault, FaultProxy
 
 from distckpt.errors import StorageError
-from distckpt.storage import LocalStorage, ObjectStorage, Storage, open_storage
-from distckpt.storage.clients import Upload
-from distckpt.storage.objects import KeepsUploads
-from distckpt.storage.parts import LEAST_PART, USUAL_PART, part_size
+from distckpt.storage import KeepsUploads, LocalStorage, ObjectStorage, Storage, UnfinishedUpload, open_storage
+from distckpt.storage.downloads import REQUEST_BYTES
+from distckpt.storage.parts import AT_ONCE, GRAIN, LEAST_PART, USUAL_PART, part_size
 
 LIMIT = 1 << 20
 
@@ -114,8 +113,17 @@ def test_parts_are_equal_small_enough_to_travel_together_and_at_most_ten_thousan
         size = part_size(num_bytes)
         assert {part_size(num_bytes, number) for number in (0, 1, 9_999)} == {size}
         assert -(-num_bytes // size) <= 10_000
+        assert size % GRAIN == 0
     assert part_size(20 << 20) == LEAST_PART
     assert part_size(100 << 30) == USUAL_PART
+
+
+def test_parts_of_a_large_file_come_in_full_rounds() -> None:
+    for num_bytes in [200_000_000, 1_024_000_000, 5_000_000_001, 60 << 30]:
+        size = part_size(num_bytes)
+        num_left_over = -(-num_bytes // size) % AT_ONCE
+        assert num_left_over == 0 or num_left_over > AT_ONCE * 0.6
+        assert size <= USUAL_PART
 
 
 def test_ten_thousand_parts_are_enough_for_files_of_unknown_size() -> None:
@@ -215,6 +223,7 @@ def test_a_server_without_conditional_puts_is_noticed_and_told(
     assert storage.read_all("m.json", limit_bytes=LIMIT) == b"mine"
 
 
+@pytest.mark.usefixtures("lax_server")
 def test_a_server_that_ignores_the_condition_is_noticed_and_still_keeps_what_is_there(
     storage: Storage, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -229,6 +238,7 @@ def test_a_server_that_ignores_the_condition_is_noticed_and_still_keeps_what_is_
     assert storage.read_all("m.json", limit_bytes=LIMIT) == b"mine"
 
 
+@pytest.mark.usefixtures("lax_server")
 def test_a_writer_that_was_overwritten_on_a_server_without_conditions_is_told(
     storage: Storage, proxy: FaultProxy, s3_filesystem: s3fs.S3FileSystem, s3_bucket: str
 ) -> None:
@@ -254,17 +264,22 @@ def test_unfinished_uploads_of_this_prefix_are_found_by_age_and_aborted(
     ids = {}
     for key in ["run/a/f", "run/b", "run-2/a/f", "other"]:
         ids[key] = s3_filesystem.call_s3("create_multipart_upload", Bucket=s3_bucket, Key=key)["UploadId"]
-    found = storage.uploads()  # moto says that they began in 2010
+    for number in (1, 2):
+        part = {"UploadId": ids["run/a/f"], "PartNumber": number, "Body": bytes(1000)}
+        s3_filesystem.call_s3("upload_part", Bucket=s3_bucket, Key="run/a/f", **part)
+    found = storage.uploads(older_than_s=0, sized=True)  # moto says that they began in 2010
     assert storage.uploads(older_than_s=time.time() - found[0].started + 100) == []
-    assert sorted((each.path, each.id) for each in found) == [
-        (f"{s3_bucket}/{key}", ids[key]) for key in ["run/a/f", "run/b"]
+    assert sorted((each.name, each.id, each.num_bytes) for each in found) == [
+        ("a/f", ids["run/a/f"], 2000),
+        ("b", ids["run/b"], 0),
     ]
+    assert {each.num_bytes for each in storage.uploads(older_than_s=0)} == {None}
     assert storage.abort_uploads(found) == 2
     assert storage.abort_uploads(found) == 2  # what is gone is no error
     left = s3_filesystem.list_multipart_uploads(s3_bucket)
     assert sorted(each["Key"] for each in left) == ["other", "run-2/a/f"]
-    with pytest.raises(ValueError, match="not below"):
-        storage.abort_uploads([Upload(path=f"{s3_bucket}/other", id=ids["other"], started=0.0)])
+    with pytest.raises(ValueError, match="not a plain relative name"):
+        storage.abort_uploads([UnfinishedUpload(name="../other", id=ids["other"], started=0.0)])
 
 
 def test_only_storages_that_can_have_unfinished_uploads_show_them(storage: Storage, tmp_path: Path) -> None:
@@ -286,6 +301,42 @@ def test_truncated_answers_are_asked_for_again(storage: Storage, proxy: FaultPro
     assert storage.read_all("f", limit_bytes=LIMIT) == bytes(range(200))
 
 
+def replaced(proxy: FaultProxy, s3_filesystem: s3fs.S3FileSystem, path: str, data: bytes) -> Callable[[], None]:
+    """Return what replaces an object once a part of it was read."""
+
+    def replace() -> None:
+        deadline = time.monotonic() + 30
+        while not any(seen.status for seen in proxy.seen if seen.method == "GET") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        s3_filesystem.pipe_file(path, data)
+
+    return replace
+
+
+def test_ranges_of_an_object_that_is_replaced_meanwhile_are_never_mixed(
+    storage: Storage, proxy: FaultProxy, s3_filesystem: s3fs.S3FileSystem, s3_bucket: str
+) -> None:
+    data = b"1" * 2 * REQUEST_BYTES
+    storage.put("f", [data])
+    replace = replaced(proxy, s3_filesystem, f"{s3_bucket}/run/f", b"2" * len(data))
+    proxy.fail(Fault(method="GET", where="run/f", action="call", skip=1, first=replace))
+    with pytest.raises(StorageError, match="replaced while it was read"):
+        storage.read("f", 0, memoryview(bytearray(len(data))))
+
+
+def test_the_rest_of_an_object_that_is_replaced_meanwhile_is_not_taken(
+    storage: Storage, proxy: FaultProxy, s3_filesystem: s3fs.S3FileSystem, s3_bucket: str
+) -> None:
+    storage.put("f", [b"1" * 1000])
+
+    def replace() -> None:
+        s3_filesystem.pipe_file(f"{s3_bucket}/run/f", b"2" * 1000)
+
+    proxy.fail(Fault(method="GET", where="run/f", action="truncate", then=replace))
+    with pytest.raises(StorageError, match="PreconditionFailed"):
+        storage.read("f", 0, memoryview(bytearray(1000)))
+
+
 def test_answers_that_are_always_truncated_are_an_error(storage: Storage, proxy: FaultProxy) -> None:
     storage.put("f", [bytes(200)])
     proxy.fail(Fault(method="GET", where="run/f", action="truncate", times=100))
@@ -293,6 +344,7 @@ def test_answers_that_are_always_truncated_are_an_error(storage: Storage, proxy:
         storage.read("f", 0, memoryview(bytearray(100)))
 
 
+@pytest.mark.usefixtures("lax_server")
 def test_a_server_that_ignores_byte_ranges_is_told(storage: Storage, proxy: FaultProxy) -> None:
     storage.put("f", [bytes(200)])
     proxy.fail(Fault(method="GET", where="run/f", action="ignore-range", times=100))

@@ -24,7 +24,7 @@ def test_the_benchmark_measures_every_contender_through_a_link(s3_bucket: str, t
     run = subprocess.run(
         [
             *python("benchmarks.s3", "--megabytes", "4", "--rounds", "1", "--max-noise", "1000", "--objects", "2"),
-            *("--latency-ms", "1", "--connection-mb-s", "500", "--results", str(tmp_path), "--only", *CONTENDERS),
+            *("--links", "1x500", "--results", str(tmp_path), "--only", *CONTENDERS),
         ],
         capture_output=True,
         text=True,

@@ -9,6 +9,7 @@ import pytest
 import s3fs
 from fault_proxy import Fault, FaultProxy
 from places import filesystem
+from s3_server import S3Server
 
 from distckpt.storage import ObjectStorage, Storage
 from distckpt.storage.parts import LEAST_PART
@@ -32,9 +33,9 @@ FAULTS: dict[str, Callable[[], Fault]] = {
 
 
 @pytest.fixture(scope="module")
-def hasty_filesystem(session_proxy: FaultProxy) -> s3fs.S3FileSystem:
+def hasty_filesystem(session_proxy: FaultProxy, s3_server: S3Server) -> s3fs.S3FileSystem:
     """Give a filesystem that goes through the proxy, and does not wait long for an answer."""
-    return filesystem(session_proxy.endpoint, read_timeout=READ_TIMEOUT_S)
+    return filesystem(s3_server, through=session_proxy.endpoint, read_timeout=READ_TIMEOUT_S)
 
 
 @pytest.fixture(params=["s3fs", "obstore"])

@@ -230,6 +230,13 @@ def test_pauses_double_up_to_a_limit_and_differ() -> None:
         assert len(pauses) > 1
 
 
+def test_a_server_that_stays_busy_costs_few_requests_and_half_a_minute_at_most_by_default() -> None:
+    patience = Patience()
+    pauses = [patience.pause_s * 2.0**number for number in range(patience.tries - 1)]
+    assert patience.tries <= 8
+    assert sum(min(pause, patience.longest_pause_s) for pause in pauses) < 30
+
+
 @pytest.mark.parametrize(
     ("settings", "tries"),
     [(None, 8), ({}, 8), ({"mode": "standard"}, 8), ({"total_max_attempts": 3}, 3), ({"max_attempts": 3}, 4)],

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import s3fs
@@ -18,12 +19,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from fault_proxy import Fault, FaultProxy
+from fsspec.config import conf
 from places import IMPATIENT, TRIES
 from s3_server import S3Server, point_aws_at, running_s3_server
 
 from distckpt.errors import ConfigError, StorageError
 from distckpt.storage import ObjectStorage, Storage, open_storage
+from distckpt.storage.connection import Connection
 from distckpt.storage.parts import LEAST_PART
+from distckpt.storage.requests import Requests
+from distckpt.storage.settings import make_store
 
 LIMIT = 1 << 20
 
@@ -36,9 +41,7 @@ def storage(proxy: FaultProxy, proxy_filesystem: s3fs.S3FileSystem, s3_bucket: s
 def test_missing_bucket_is_told_by_list_put_and_publish(s3_bucket: str) -> None:
     storage = open_storage(f"s3://{s3_bucket}-missing/run")
     for verb in (storage.list, lambda: storage.put("f", [b"1"]), lambda: storage.publish("f", b"1")):
-        with pytest.raises(
-            StorageError, match=r"does not exist \(NoSuchBucket\), .*\nFix: create the bucket"
-        ) as caught:
+        with pytest.raises(StorageError, match=r"NoSuchBucket\b.*\nFix: create the bucket") as caught:
             verb()
         assert caught.value.errno == errno.ENOENT
         assert not isinstance(caught.value, FileNotFoundError)
@@ -132,6 +135,7 @@ def test_obstore_is_used_by_itself_and_not_where_it_could_not_follow_the_setting
         open_storage(f"s3://{s3_bucket}/run", storage_options=signed).put("f", [b"1"])
 
 
+@pytest.mark.usefixtures("lax_server")
 @pytest.mark.parametrize("engine", ["s3fs", "obstore"])
 def test_expired_credentials_are_looked_up_anew_and_the_request_is_tried_again(
     s3_bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, engine: str
@@ -163,15 +167,81 @@ def test_a_storage_option_that_nobody_knows_is_told(s3_bucket: str) -> None:
 
 
 def test_credentials_and_endpoint_may_come_as_storage_options(
-    s3_bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    s3_bucket: str, s3_server: S3Server, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(variable)
-    options = {"key": "my-key", "secret": "my-secret", "endpoint_url": proxy.endpoint}
+    options = {"key": s3_server.key, "secret": s3_server.secret, "endpoint_url": proxy.endpoint}
+    given = dict(options)
     storage = open_storage(f"s3://{s3_bucket}/run", storage_options=options)
     storage.put("f", [b"1"])
-    assert "my-key" in proxy.seen[-1].headers["authorization"]
-    assert options == {"key": "my-key", "secret": "my-secret", "endpoint_url": proxy.endpoint}
+    assert f"Credential={s3_server.key}/" in proxy.seen[-1].headers["authorization"]
+    assert options == given
+
+
+def test_a_profile_brings_credentials_and_endpoint(
+    s3_bucket: str, s3_server: S3Server, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(variable)
+    config = tmp_path / "config"
+    config.write_text(
+        f"[profile mine]\naws_access_key_id = {s3_server.key}\naws_secret_access_key = {s3_server.secret}\n"
+        f"endpoint_url = {proxy.endpoint}\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    open_storage(f"s3://{s3_bucket}/run", storage_options={"profile": "mine"}).put("f", [b"1"])
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    open_storage(f"s3://{s3_bucket}/run").put("g", [b"1"])
+    assert [seen.method for seen in proxy.seen] == ["PUT", "PUT"]
+    assert all(f"Credential={s3_server.key}/" in seen.headers["authorization"] for seen in proxy.seen)
+
+
+def test_fsspecs_own_configuration_counts(s3_bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    configured = {"endpoint_url": proxy.endpoint, "config_kwargs": {"user_agent_extra": "of-fsspecs-configuration"}}
+    monkeypatch.setitem(conf, "s3", configured)
+    storage = open_storage(f"s3://{s3_bucket}/run", storage_options={"engine": "s3fs"})
+    storage.put("f", [b"1"])
+    assert "of-fsspecs-configuration" in proxy.seen[0].headers["user-agent"]
+    assert proxy.seen[0].headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD", "our own defaults count too"
+
+
+@pytest.mark.usefixtures("lax_server")
+@pytest.mark.parametrize("style", ["path", "virtual"])
+def test_a_bucket_may_stand_in_the_path_or_in_the_hosts_name(s3_bucket: str, proxy: FaultProxy, style: str) -> None:
+    """The names are Amazon's; requests go to the proxy all the same, which is given to the client as one."""
+    host = "s3.us-east-1.amazonaws.com"
+    settings = {"s3": {"addressing_style": style}, "proxies": {"http": proxy.endpoint}}
+    options = {"endpoint_url": f"http://{host}", "config_kwargs": settings}
+    storage = open_storage(f"s3://{s3_bucket}/run", storage_options=options)
+    storage.put("f", [b"1"])
+    storage.publish("m.json", b"{}")
+    assert storage.read_all("f", limit_bytes=LIMIT) == b"1"
+    assert [info.name for info in storage.list()] == ["f", "m.json"]
+    in_host, in_path = (f"{s3_bucket}.", "") if style == "virtual" else ("", f"/{s3_bucket}")
+    assert {seen.headers["host"] for seen in proxy.seen} == {f"{in_host}{host}"}
+    assert urlsplit(proxy.seen[0].target).path == f"{in_path}/run/f"
+
+
+@pytest.mark.parametrize(
+    ("style", "endpoint", "is_virtual"),
+    [
+        (None, "https://s3.eu-central-1.amazonaws.com", True),
+        (None, "https://storage.example.test", False),
+        ("path", "https://s3.eu-central-1.amazonaws.com", False),
+        ("virtual", "https://storage.example.test", True),
+    ],
+)
+def test_obstore_is_told_where_the_bucket_stands(style: str | None, endpoint: str, is_virtual: bool) -> None:
+    stores = pytest.importorskip("obstore.store")
+    options: dict[str, Any] = {"endpoint_url": endpoint, "key": "k", "secret": "s", "skip_instance_cache": True}
+    config = {} if style is None else {"s3": {"addressing_style": style}}
+    requests = Requests(Connection(s3fs.S3FileSystem(**options, config_kwargs=config)))
+    made = make_store(stores, requests, requests.connected(), "bucket")
+    host = urlsplit(endpoint).hostname
+    assert made.config["virtual_hosted_style_request"] == str(is_virtual).lower()
+    assert urlsplit(made.config["endpoint"]).hostname == (f"bucket.{host}" if is_virtual else host)
 
 
 def test_public_objects_are_read_without_credentials(
@@ -199,6 +269,17 @@ def test_checksums_that_older_servers_refuse_are_not_sent_unless_asked_for(
     assert sends_checksum({"config_kwargs": {"request_checksum_calculation": "when_supported"}})
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
     assert sends_checksum({})
+
+
+def test_checksums_that_are_asked_for_go_with_every_part(s3_bucket: str, proxy: FaultProxy) -> None:
+    data = bytes(range(256)) * (LEAST_PART // 200)
+    options = {"config_kwargs": {"request_checksum_calculation": "when_supported"}}
+    storage = open_storage(f"s3://{s3_bucket}/run", storage_options=options)
+    storage.put("f", [data], num_bytes=len(data))
+    parts = [seen.headers for seen in proxy.seen if "partNumber=" in seen.target]
+    assert len(parts) == 2
+    assert all(any(header.startswith("x-amz-checksum-") for header in headers) for headers in parts)
+    assert storage.read_all("f", limit_bytes=len(data)) == data
 
 
 # --- HTTPS ---
@@ -242,7 +323,7 @@ def test_a_server_with_a_certificate_authority_of_its_own_is_trusted_if_it_is_na
     secure_server: S3Server, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     pytest.importorskip(engine)
-    point_aws_at(secure_server.endpoint, monkeypatch)
+    point_aws_at(secure_server, monkeypatch)
     monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
     url, data = f"s3://bucket-{engine}/run", bytes(range(256)) * (LEAST_PART // 200)
     stranger = open_storage(url, storage_options={"engine": "s3fs", **IMPATIENT})
