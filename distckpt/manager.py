@@ -264,6 +264,7 @@ class CheckpointManager:
             CheckpointDamagedError: There are checkpoints, but no good one.
             CheckpointNotFoundError: The step that was asked for is not there.
             DirectoryBusyError: This manager saves by itself, and another job owns the directory.
+            ConfigError: Likewise, and the ranks of different hosts see different directories.
             RankFailedError: A rank failed.
             RankTimeoutError: A rank did not come.
             StorageError: The directory could not be read.
@@ -372,6 +373,7 @@ class CheckpointManager:
             UnsupportedStateError: The state holds something that cannot be saved; names the key.
             UsageError: The ranks' states do not fit together, or the manager is closed.
             DirectoryBusyError: Another job owns the directory, or has taken it over.
+            ConfigError: The ranks of different hosts see different directories.
             NonFiniteStateError: The state holds NaN or infinities, and `check_finite` is "error".
             StateDivergedError: The ranks' states differ, and `check_replicas` is "error".
             CheckpointExistsError: The step has been committed by somebody else.
@@ -436,3 +438,5 @@ class CheckpointManager:
                 because = None
             reason = None if because is None else f"{type(because).__name__}: {because}".partition("\nFix:")[0]
             self._tenure.end("complete" if reason is None else "failed", step=self._saver.saved_step, reason=reason)
+            if because is None and self._channels is not None:
+                self._channels[0].part()

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from distckpt.trainer.logs import RunLog, log_folder
 from distckpt.trainer.optimization import apply_settings, check_device
 from distckpt.trainer.order import Plan
 from distckpt.trainer.process import Process, deterministic, joined
+from distckpt.trainer.recall import Hearing
 from distckpt.trainer.reload import load_model
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class FitResult:
         metrics: The last evaluation's figures: "val/loss", "val/top1", "val/top5"; empty if there was none.
         preempted: Whether the run was asked to stop, and did after saving.
         complete: Whether all steps are done.
+        recalled: Whether it stopped only because ranks of other machines were asked to: this one is to be started
+            again, to go on without those.
         evaluation: The last evaluation of this process, by class; None if it made none.
         classes: The classes' names, by label.
     """
@@ -60,6 +63,7 @@ class FitResult:
     complete: bool
     evaluation: Evaluation | None
     classes: tuple[str, ...]
+    recalled: bool = False
 
 
 class Trainer:
@@ -89,7 +93,8 @@ class Trainer:
         Ranks: all (collective); blocks until the training ends.
         """
         with ExitStack() as stack:
-            process = stack.enter_context(joined())
+            hearing = stack.enter_context(Hearing())
+            process = stack.enter_context(joined(timeout_s=self.config.train.timeout_s))
             check_device(self.config.train, process.device)
             stack.enter_context(deterministic(self.config.train.deterministic))
             ranks = Ranks(timeout_s=self.config.checkpoint.timeout_s)
@@ -101,7 +106,8 @@ class Trainer:
                 for change in changed_settings(past, record):
                     logger.info("changed since step %d: %s", past.step, change)
             parts = assemble(self.config, images, process)
-            return _Run(self.config, process, ranks, parts, manager).go()
+            result = _Run(self.config, process, ranks, parts, manager).go()
+            return replace(result, recalled=result.preempted and hearing.only_elsewhere(ranks))
 
     @staticmethod
     def load_model(
