@@ -39,6 +39,7 @@ Verdict = TypeVar("Verdict")
 
 _GRACE_S = 1.0  # how much longer than rank 0 the others wait: it is rank 0 that knows who is missing
 
+_ROUNDING_S = 0.05  # by how much a wait in the store may end too early: it counts in milliseconds
 _PARTING_S = 10.0  # how long rank 0 waits at the end for ranks that still read what it has told
 
 # Ranks construct their channels in the same order, so that a count names the same channel everywhere.
@@ -221,6 +222,8 @@ class Ranks:
             if self.rank != 0:
                 raise RankTimeoutError(action=action, missing=[0], timeout_s=self.timeout_s) from None
             raise _store_failed(action, f"it gave no answer within {self.timeout_s:g} s") from None
+        except DistckptError:
+            raise
         except (dist.DistError, OSError) as error:
             raise _store_failed(action, f"{type(error).__name__}: {error}") from error
         return found[0]
@@ -286,7 +289,7 @@ class Ranks:
         try:
             store.wait(list(keys.values()), left)
         except dist.DistStoreError:
-            if time.monotonic() < deadline:
+            if time.monotonic() < deadline - _ROUNDING_S:
                 raise
             missing = [rank for rank, key in keys.items() if not store.check([key])]
             if missing:
@@ -298,7 +301,7 @@ class Ranks:
         try:
             return store.get(key)
         except dist.DistStoreError:
-            if time.monotonic() < deadline:
+            if time.monotonic() < deadline - _ROUNDING_S:
                 raise
             raise RankTimeoutError(action=action, missing=[0], timeout_s=self.timeout_s) from None
 

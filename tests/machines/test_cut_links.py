@@ -68,11 +68,15 @@ def test_a_link_that_is_cut_for_good_fails_both_ranks_soon_and_harms_no_checkpoi
         codes = [rank.wait(END_S) for rank in ranks]
         assert codes == [0, 0]
         errors = [outcome(room, number)["error"] for number in range(2)]
-    assert "did not arrive within 4 s" in errors[0]
-    assert "rank 1" in errors[0]
-    assert errors[1].startswith(("RankTimeoutError", "RankFailedError"))
     listed = json.loads(distckpt("ls", str(tmp_path / "run"), "--json").stdout)
-    assert [found["step"] for found in listed["checkpoints"] if found["state"] == "committed"] == [1]
+    steps = [found["step"] for found in listed["checkpoints"] if found["state"] == "committed"]
+    if phase == "commit" and not errors[0]:  # it was done before the link was cut
+        assert steps == [1, 2]
+    else:
+        assert steps == [1]
+        assert "did not arrive within 4 s" in errors[0]
+        assert "rank 1" in errors[0]
+        assert errors[1].startswith(("RankTimeoutError", "RankFailedError"))
     assert distckpt("verify", str(tmp_path / "run")).returncode == 0
 
 
