@@ -103,7 +103,6 @@ class Tenure:
 
     def _take(self, storage: Storage, ranks: Ranks, seen: Mapping[Owner, set[Fate]]) -> None:
         """Rank 0: take the directory, with what all ranks have seen of its owner."""
-
         options: dict[str, Any] = {"duration_s": self._duration_s}
         known = {owner: fates - {"unknown"} for owner, fates in seen.items() if fates - {"unknown"}}
         if known:  # ranks of one host cannot differ, unless it ends just now
