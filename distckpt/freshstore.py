@@ -9,6 +9,7 @@ Invariant: no rank goes on in a place that a process of an earlier start has wri
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from distckpt.errors import RankTimeoutError
 
 ACTION = "meeting of the ranks"
+_GRACE_S = 2.0  # how much longer than rank 0 the others wait
 _PAUSE_S = 0.005
 _MOST_PAUSE_S = 0.1
 
@@ -43,32 +45,40 @@ def fresh_place(store: dist.distributed_c10d.Store, *, rank: int, world_size: in
     Raises:
         RankTimeoutError: Ranks did not come; names them.
 
-    Ranks: all (collective); rank 0 blocks until all have come, the others until rank 0 has.
+    Ranks: all (collective); blocks until all have come.
     """
     deadline = time.monotonic() + timeout_s
     if rank == 0:
         place = f"start-{uuid.uuid4().hex}"
-        _welcome(store, place, set(range(1, world_size)), deadline, timeout_s)
-        return place
-    name = uuid.uuid4().hex
-    store.set(f"hello/{rank}", name)
-    try:
-        store.wait([f"welcome/{name}"], timedelta(seconds=timeout_s))
-    except dist.DistStoreError:
-        raise RankTimeoutError(action=ACTION, missing=[0], timeout_s=timeout_s) from None
-    place = store.get(f"welcome/{name}").decode()
-    store.delete_key(f"welcome/{name}")
-    store.set(f"{place}/here/{rank}", "")
+        missing = _welcome(store, place, set(range(1, world_size)), deadline)
+        store.set(f"{place}/missing", json.dumps(missing))
+    else:
+        name = uuid.uuid4().hex
+        store.set(f"hello/{rank}", name)
+        place = _awaited(store, f"welcome/{name}", deadline, timeout_s)
+        store.delete_key(f"welcome/{name}")
+        store.set(f"{place}/here/{rank}", "")
+        # Rank 0 knows who is missing, but only when its own time is up.
+        missing = json.loads(_awaited(store, f"{place}/missing", deadline + _GRACE_S, timeout_s))
+    if missing:
+        raise RankTimeoutError(action=ACTION, missing=missing, timeout_s=timeout_s)
     return place
 
 
-def _welcome(
-    store: dist.distributed_c10d.Store, place: str, missing: set[int], deadline: float, timeout_s: float
-) -> None:
-    """Rank 0: tell every name that ranks go by where to go on, until each rank is there."""
+def _awaited(store: dist.distributed_c10d.Store, key: str, deadline: float, timeout_s: float) -> str:
+    """Return what rank 0 sets under a key."""
+    try:
+        store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+    except dist.DistStoreError:
+        raise RankTimeoutError(action=ACTION, missing=[0], timeout_s=timeout_s) from None
+    return str(store.get(key).decode())
+
+
+def _welcome(store: dist.distributed_c10d.Store, place: str, missing: set[int], deadline: float) -> list[int]:
+    """Rank 0: tell every name that ranks go by where to go on, until each rank is there; return who did not come."""
     told: dict[int, str] = {}
     pause_s = _PAUSE_S
-    while missing:
+    while True:
         for rank in sorted(missing):
             if store.check([f"{place}/here/{rank}"]):
                 missing.discard(rank)
@@ -77,8 +87,7 @@ def _welcome(
                 if told.get(rank) != name:  # the first one may be that of a process that is dead
                     told[rank] = name
                     store.set(f"welcome/{name}", place)
-        if missing and time.monotonic() > deadline:
-            raise RankTimeoutError(action=ACTION, missing=sorted(missing), timeout_s=timeout_s)
-        if missing:
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MOST_PAUSE_S)
+        if not missing or time.monotonic() > deadline:
+            return sorted(missing)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _MOST_PAUSE_S)

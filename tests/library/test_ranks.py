@@ -126,7 +126,7 @@ def test_ranks_that_call_different_verbs_are_told_so(ranks: RankPools, tmp_path:
 
 def test_the_thread_that_waits_for_others_ends_with_its_channel():
     patience = _Patience()
-    patience.do(lambda: None)
+    patience.do(lambda: None, limit_s=60.0)
     thread = patience._thread
     assert thread is not None
     del patience
