@@ -4,16 +4,19 @@
     torchrun --nproc_per_node=8 train.py --config configs/imagefolder.yaml --train.epochs 90
 
 Settings come from a YAML file and from the command line, which wins: `python train.py --help` lists them all.
-The exit code is 0 if the run is complete or was asked to stop and has saved, 2 if a setting is wrong, else 1.
+The exit code is 0 if the run is complete or was asked to stop and has saved, 75 if only ranks of other machines were
+asked to, so that torchrun goes on with the machines that are left, 2 if a setting is wrong, else 1.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 
 from distckpt.errors import ConfigError, DistckptError
 from distckpt.trainer import Trainer, parse_config, print_classes, show_messages
+from distckpt.trainer.recall import EXIT_CODE, LINGER_S
 
 IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
@@ -29,6 +32,9 @@ def main() -> int:
         return complain(f"{type(error).__name__}: {error}", code=1)
     if IS_FIRST_RANK and result.complete and result.evaluation is not None:
         print_classes(result.evaluation, result.classes)
+    if result.recalled:
+        time.sleep(LINGER_S)  # a signal for this machine, too, ends the process here
+        return EXIT_CODE
     return 0
 
 

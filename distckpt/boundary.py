@@ -10,8 +10,9 @@ from typing import Protocol
 
 from distckpt.deadline import margin_s
 from distckpt.departure import Departure
-from distckpt.events import Callback
+from distckpt.events import Callback, Ended
 from distckpt.interval import Every
+from distckpt.outcome import Ending, reason_of
 from distckpt.pace import Pace
 from distckpt.preemption import Preemption
 from distckpt.ranks import Ranks
@@ -34,7 +35,7 @@ class Save(Protocol):
 
 
 class Boundary:
-    """Does what is due between two steps.
+    """Does what is due between two steps, and at the end.
 
     Args:
         every: When saves are due.
@@ -58,6 +59,8 @@ class Boundary:
         insist: Callable[[], None] = lambda: None,
     ) -> None:
         self._insist = insist
+        self._tell = tell
+        self._tenure = tenure
         self._pace = pace
         self._preemption = preemption
         self._saver = saver
@@ -101,6 +104,21 @@ class Boundary:
             save(busy=due.busy and not last)
         self._pace.step_begins(writing=self._saver.is_busy)
         return leaves
+
+    def end(self, because: BaseException | None, *, preempted: bool) -> bool:
+        """Say how the job ends, to the directory and to who is told of events; return whether that is as it should be.
+
+        Args:
+            because: What it ends of, if not of itself.
+            preempted: Whether it has left the loop before its last step.
+
+        Ranks: any; writes on rank 0.
+        """
+        reason, step = reason_of(because), self._saver.saved_step
+        ending: Ending = "complete" if reason is None else "failed"
+        self._tenure.end(ending, step=step, reason=reason)
+        self._tell(Ended(step=step, ending="preempted" if preempted else ending, reason=reason))
+        return reason is None
 
     def _look_at_end(self) -> None:
         """See whether the end of the allocation is near."""

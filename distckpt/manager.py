@@ -17,11 +17,10 @@ from distckpt.branches import Home
 from distckpt.bulletin import Bulletin
 from distckpt.catalog import Checkpoint
 from distckpt.errors import DistckptError, UsageError
-from distckpt.events import Callback, Ended
+from distckpt.events import Callback
 from distckpt.inspection import Inspection, Mode
 from distckpt.interval import Every
 from distckpt.manifest import Layout
-from distckpt.outcome import Ending, reason_of
 from distckpt.pace import Pace
 from distckpt.preemption import Preemption, known_deadline
 from distckpt.progress import Progress
@@ -304,6 +303,7 @@ class CheckpointManager:
             CheckpointNotFoundError: The step that was asked for is not there.
             ConfigError: There is no such branch, or it went off from another step.
             DirectoryBusyError: This manager saves by itself, and another job owns the directory.
+            ConfigError: Likewise, and the ranks of different hosts see different directories.
             RankFailedError: A rank failed.
             RankTimeoutError: A rank did not come.
             StorageError: The directory could not be read.
@@ -385,6 +385,7 @@ class CheckpointManager:
             UnsupportedStateError: The state holds something that cannot be saved; names the key.
             UsageError: The ranks' states do not fit together, or the manager is closed.
             DirectoryBusyError: Another job owns the directory, or has taken it over.
+            ConfigError: The ranks of different hosts see different directories.
             NonFiniteStateError: The state holds NaN or infinities, and `check_finite` is "error".
             StateDivergedError: The ranks' states differ, and `check_replicas` is "error".
             CheckpointExistsError: The step has been committed by somebody else.
@@ -443,8 +444,6 @@ class CheckpointManager:
         finally:
             self._closed = True
             self._preemption.ignore()
-            reason, step = reason_of(because), self._saver.saved_step
-            ending: Ending = "complete" if reason is None else "failed"
-            self._tenure.end(ending, step=step, reason=reason)
-            self._bulletin.post(Ended(step=step, ending="preempted" if self.preempted else ending, reason=reason))
+            if self._boundary.end(because, preempted=self.preempted) and self._channels is not None:
+                self._channels[0].part()
             self._bulletin.deliver()

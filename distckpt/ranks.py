@@ -8,9 +8,9 @@ What they exchange is JSON.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-import os
 import queue
 import socket
 import threading
@@ -18,10 +18,12 @@ import time
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from distckpt import freshstore
 from distckpt.errors import (
     DistckptError,
     RankFailedError,
@@ -37,8 +39,13 @@ Verdict = TypeVar("Verdict")
 
 _GRACE_S = 1.0  # how much longer than rank 0 the others wait: it is rank 0 that knows who is missing
 
+_ROUNDING_S = 0.05  # by how much a wait in the store may end too early: it counts in milliseconds
+_PARTING_S = 10.0  # how long rank 0 waits at the end for ranks that still read what it has told
+
 # Ranks construct their channels in the same order, so that a count names the same channel everywhere.
 _channels = itertools.count()
+# Where in the job's store the ranks of a process group meet.
+_places: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
 
 
 class _Store(Protocol):
@@ -56,13 +63,16 @@ class _Store(Protocol):
 class Ranks:
     """One channel between all ranks of the job.
 
-    Used by one thread at a time; a second thread takes a channel of its own.
+    Made by all ranks, in the same order. Used by one thread at a time; a second thread takes a channel of its own.
 
     Attributes:
         rank: This rank.
         world_size: The number of ranks; 1 without torch.distributed.
         host: This rank's host name.
         timeout_s: How long any wait lasts at most.
+
+    Raises:
+        RankTimeoutError: The first channel of a job's start where torchrun keeps the store: ranks did not come.
     """
 
     def __init__(self, *, timeout_s: float) -> None:
@@ -80,9 +90,7 @@ class Ranks:
             if self.world_size > 1:
                 # A clone has its own connection: a wait on one does not hold up the other.
                 store = dist.distributed_c10d._get_default_store().clone()
-                # A launcher may keep the store when it starts the ranks again: what they said then must not count now.
-                start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                self._store = dist.distributed_c10d.PrefixStore(f"dc{start}/{channel}", store)
+                self._store = dist.distributed_c10d.PrefixStore(f"{_place(store, timeout_s)}/{channel}", store)
 
     def agree(self, action: str, work: Callable[[], Fact], decide: Callable[[list[Fact]], Verdict]) -> Verdict:
         """Do `work` on every rank, and return on every rank what rank 0 decides from all its results.
@@ -137,58 +145,111 @@ class Ranks:
         """
         self.agree(action, lambda: None, lambda _: None)
 
+    def part(self) -> None:
+        """Say that this rank reads and says nothing more; nothing is raised.
+
+        The store may live in rank 0's process, which so goes last.
+
+        Ranks: all, once; rank 0 blocks until the others have come, for ten seconds at most.
+        """
+        if self._store is None or not dist.is_initialized() or freshstore.is_needed():
+            return
+        with contextlib.suppress(dist.DistError, OSError, _NoAnswerError):
+            if self.rank != 0:
+                self._store.set(f"parted/{self.rank}", "")
+                return
+            keys = [f"parted/{rank}" for rank in range(1, self.world_size)]
+            left_s = min(_PARTING_S, self.timeout_s)
+            self._patience.do(partial(self._store.wait, keys, timedelta(seconds=left_s)), limit_s=left_s + _GRACE_S)
+
     def announce(self, key: str, value: int) -> None:
         """Tell all ranks a number under `key`, unless one has been told already; returns at once.
 
+        Raises:
+            RankFailedError: The store is gone, or gives no answer; so does RankTimeoutError say.
+
         Ranks: any.
         """
-        if self._store is not None:
-            self._store.compare_set(key, "", str(value))
+        store = self._store
+        if store is not None:
+            self._ask("announcing", lambda: store.compare_set(key, "", str(value)))
 
     def announced(self, key: str) -> int | None:
         """Return the number that a rank announced under `key`, or None; one short question to the store.
 
-        Source: 13 microseconds a call were measured on one node.
+        Raises:
+            RankFailedError: The store is gone, or gives no answer; so does RankTimeoutError say.
 
         Ranks: any.
         """
-        if self._store is None or not self._store.check([key]):
+        store = self._store
+        if store is None:
             return None
-        return int(self._store.get(key))
+        return self._ask("looking for news", lambda: int(store.get(key)) if store.check([key]) else None)
 
     def _exchange(
         self, store: _Store, action: str, post: dict[str, Any], decide: Callable[[list[Any]], Any]
     ) -> dict[str, Any]:
         """Post this rank's result, and return rank 0's verdict on all of them."""
-        deadline = time.monotonic() + self.timeout_s
         number = self._round
+        if self.rank != 0:
+            return self._told(store, action, number, post)
+        verdict = self._judge(store, action, post, decide)
+
+        def tell() -> None:
+            store.set(f"{number}/v", _packed(verdict))
+            store.delete_key(f"{number - 1}/v")  # every rank has read it: it has posted since
+
+        self._ask(action, tell)
+        return verdict
+
+    def _told(self, store: _Store, action: str, number: int, post: dict[str, Any]) -> dict[str, Any]:
+        """Other ranks than 0: post this rank's result, and return the verdict."""
+
+        def work() -> bytes:
+            store.set(f"{number}/{self.rank}", _packed(post))
+            return self._awaited(store, action, f"{number}/v", deadline)
+
+        deadline = time.monotonic() + self.timeout_s + _GRACE_S
+        return dict(json.loads(self._ask(action, work)))
+
+    def _ask(self, action: str, work: Callable[[], Fact]) -> Fact:
+        """Do `work` in the store, and return what it returns; it takes no longer than the timeout, and a little."""
+        found: list[Fact] = []
         try:
+            self._patience.do(lambda: found.append(work()), limit_s=self.timeout_s + 2 * _GRACE_S)
+        except _NoAnswerError:
             if self.rank != 0:
-                store.set(f"{number}/{self.rank}", _packed(post))
-                verdict = json.loads(self._awaited(store, action, f"{number}/v", deadline + _GRACE_S))
-            else:
-                verdict = self._judge(store, action, post, decide, deadline)
-                store.set(f"{number}/v", _packed(verdict))
-                store.delete_key(f"{number - 1}/v")  # every rank has read it: it has posted since
+                raise RankTimeoutError(action=action, missing=[0], timeout_s=self.timeout_s) from None
+            raise _store_failed(action, f"it gave no answer within {self.timeout_s:g} s") from None
+        except DistckptError:
+            raise
         except (dist.DistError, OSError) as error:
-            raise RankFailedError(
-                action=action, rank=0, host="of the store", cause=f"{type(error).__name__}: {error}"
-            ) from error
-        return dict(verdict)
+            raise _store_failed(action, f"{type(error).__name__}: {error}") from error
+        return found[0]
 
     def _judge(
-        self, store: _Store, action: str, own: dict[str, Any], decide: Callable[[list[Any]], Any], deadline: float
+        self, store: _Store, action: str, own: dict[str, Any], decide: Callable[[list[Any]], Any]
     ) -> dict[str, Any]:
         """Rank 0: collect what every rank posted, and turn it into a verdict."""
         keys = {rank: f"{self._round}/{rank}" for rank in range(1, self.world_size)}
-        try:
+        deadline = time.monotonic() + self.timeout_s
+
+        def collect() -> list[Any]:
             self._wait(store, action, keys, deadline)
+            found = [json.loads(store.get(key)) for key in keys.values()]
+            for key in keys.values():
+                store.delete_key(key)
+            return found
+
+        try:
+            posts = [own, *self._ask(action, collect)]
         except RankTimeoutError as error:
             return {"error": to_wire(error)}
-        posts = [own]
-        for key in keys.values():
-            posts.append(json.loads(store.get(key)))
-            store.delete_key(key)
+        return self._decided(action, posts, decide)
+
+    def _decided(self, action: str, posts: list[dict[str, Any]], decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
+        """Rank 0: turn what every rank posted into a verdict."""
         for rank, post in enumerate(posts):
             if post["action"] != action:
                 parted = UsageError(
@@ -226,9 +287,9 @@ class Ranks:
         """Return once all keys are set; keys are by the rank that sets them."""
         left = _left(deadline)
         try:
-            self._patience.do(lambda: store.wait(list(keys.values()), left))
+            store.wait(list(keys.values()), left)
         except dist.DistStoreError:
-            if time.monotonic() < deadline:
+            if time.monotonic() < deadline - _ROUNDING_S:
                 raise
             missing = [rank for rank, key in keys.items() if not store.check([key])]
             if missing:
@@ -236,15 +297,25 @@ class Ranks:
 
     def _awaited(self, store: _Store, action: str, key: str, deadline: float) -> bytes:
         """Return what rank 0 sets under a key, once it is there."""
-        found: list[bytes] = []
         store.set_timeout(_left(deadline))
         try:
-            self._patience.do(lambda: found.append(store.get(key)))
+            return store.get(key)
         except dist.DistStoreError:
-            if time.monotonic() < deadline:
+            if time.monotonic() < deadline - _ROUNDING_S:
                 raise
             raise RankTimeoutError(action=action, missing=[0], timeout_s=self.timeout_s) from None
-        return found[0]
+
+
+def _place(store: dist.distributed_c10d.Store, timeout_s: float) -> str:
+    """Return where in the store the ranks of this process group meet, which no earlier start of the job has used."""
+    if not freshstore.is_needed():
+        return "dc"
+    group = dist.distributed_c10d._get_default_group()
+    if group not in _places:
+        bare = dist.distributed_c10d.PrefixStore("dc", store)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        _places[group] = f"dc/{freshstore.fresh_place(bare, rank=rank, world_size=world_size, timeout_s=timeout_s)}"
+    return _places[group]
 
 
 def _packed(value: Any) -> str:
@@ -255,8 +326,21 @@ def _left(deadline: float) -> timedelta:
     return timedelta(seconds=max(deadline - time.monotonic(), 0.001))
 
 
+def _store_failed(action: str, cause: str) -> RankFailedError:
+    return RankFailedError(action=action, rank=0, host="of the store", cause=cause)
+
+
+class _NoAnswerError(Exception):
+    """The store has not answered in time."""
+
+
 class _Patience:
-    """Waits in the store; instead of the main thread another one does, for in there no signal would be heard."""
+    """Waits in the store, on a thread of its own: in there no signal would be heard, and a wait that is over may go on.
+
+    For when its time is up, the store's client tells the server so, and waits for the answer; if the link between them
+    is cut, that takes as long as TCP takes to give a connection up, a quarter of an hour.
+    The thread ends with this object.
+    """
 
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -264,41 +348,50 @@ class _Patience:
         self._thread: threading.Thread | None = None
         self._is_left = False
 
-    def do(self, work: Callable[[], None]) -> None:
+    def do(self, work: Callable[[], None], *, limit_s: float) -> None:
         """Do `work`, and return when it is done.
 
-        A signal's handler may raise in between; `work` then goes on, and no other can be done.
+        A signal's handler may raise in between, or its time be up; `work` then goes on, and no other can be done.
+
+        Raises:
+            _NoAnswerError: It is not done within `limit_s`.
+            InterruptedError: The work before is not done yet.
         """
-        if threading.current_thread() is not threading.main_thread():
-            work()
+        if threading.current_thread() is not threading.main_thread() and not dist.is_initialized():
+            work()  # no other process is there, nor a link to it
             return
+        if self._is_left:
+            raise InterruptedError("it was interrupted while it waited for the other ranks")
         if self._thread is None:
             # A daemon: a job that ends while it waits is not held up by it.
             self._thread = threading.Thread(
-                target=_do_all, args=(self._work, self._done), name="distckpt-wait", daemon=True
+                target=_work_off, args=(self._work, self._done), name="distckpt-wait", daemon=True
             )
             self._thread.start()
             weakref.finalize(self, self._work.put, None).atexit = False
-        if self._is_left:
-            raise InterruptedError("it was interrupted while it waited for the other ranks")
         self._is_left = True
         self._work.put(work)
-        error = self._done.get()
+        try:
+            error = self._done.get(timeout=limit_s)
+        except queue.Empty:
+            raise _NoAnswerError from None
         self._is_left = False
         if error is not None:
             raise error
 
 
-def _do_all(tasks: queue.SimpleQueue[Callable[[], None] | None], done: queue.SimpleQueue[BaseException | None]) -> None:
-    """Do one thing after another, until there is a None."""
-    while (work := tasks.get()) is not None:
+def _work_off(
+    work: queue.SimpleQueue[Callable[[], None] | None], done: queue.SimpleQueue[BaseException | None]
+) -> None:
+    """Do what comes, until None does; hold on to nothing in between."""
+    while (todo := work.get()) is not None:
         try:
-            work()
+            todo()
         except BaseException as error:  # noqa: BLE001  raised by `do`
             done.put(error)
         else:
             done.put(None)
-        del work
+        del todo
 
 
 def _describe(error: BaseException) -> dict[str, Any]:

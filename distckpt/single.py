@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
-from distckpt import names
+from distckpt import names, onedirectory
 from distckpt.catalog import Checkpoint, describe, locate
 from distckpt.commit import SaveRequest, commit, prepare
 from distckpt.manifest import Layout
@@ -46,6 +47,7 @@ def save(
 
     Raises:
         CheckpointExistsError: There is a checkpoint at `path`.
+        ConfigError: The ranks of different hosts see different places at `path`.
         UnsupportedStateError: The state holds something that cannot be saved; names the key.
         RankFailedError: A rank failed; there is no checkpoint.
         RankTimeoutError: A rank did not come; there is no checkpoint.
@@ -55,11 +57,17 @@ def save(
     """
     storage = open_storage(path, storage_options=storage_options)
     ranks = Ranks(timeout_s=timeout_s)
+
+    def name(views: list[Json]) -> Json:
+        return [names.new_attempt(), onedirectory.marked(storage, views)]
+
+    run, mark = ranks.agree("naming the run", partial(onedirectory.viewpoint, storage), name)
+    onedirectory.insist(storage, ranks, mark)
     named = names.parse_step(storage.url.rstrip("/").rpartition("/")[2])
     request = SaveRequest(
         step=step if step is not None else (named or 0),
         folder="",
-        run=ranks.agree("naming the run", lambda: None, lambda _: names.new_attempt()),
+        run=run,
         layout=layout,
         rng=rng,
         metrics=dict(metrics or {}),

@@ -1,6 +1,7 @@
 """The tenure: a run's directory is owned by this job from its first use that may write to the manager's close.
 
 Rank 0 holds the lease; the others know of it only what all are told together.
+Of an owner on another host rank 0 knows nothing; but a rank of this job may run on that host, and know it for dead.
 Invariant: a job whose lease was taken over publishes no manifest and deletes nothing. Where a lease cannot be written
 at all, the job goes on without one, says so, and takes nobody's leftovers for dead.
 """
@@ -9,15 +10,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
+from distckpt import onedirectory
 from distckpt.errors import DistckptError, StorageError
 from distckpt.lease import DURATION_S, Lease
+from distckpt.leasefiles import look
 from distckpt.outcome import Ending, Outcome
+from distckpt.owner import Fate, Machine, Owner, fate_of
 from distckpt.ranks import Ranks
 from distckpt.storage import Storage
+from distckpt.values import Json
 
 logger = logging.getLogger("distckpt")
+
+ACTION = "taking the directory"
 
 
 class Tenure:
@@ -50,26 +60,62 @@ class Tenure:
 
         Raises:
             DirectoryBusyError: Another job owns it; raised on all ranks.
+            ConfigError: The ranks of different hosts see different directories; likewise.
             RankTimeoutError: Rank 0 did not come, or waited for a dead owner for too long.
 
-        Ranks: all (collective); blocks on rank 0, for as long as a dead owner's lease lasts.
+        Ranks: all (collective); blocks on rank 0: of a dead owner on a host that no rank is on, for as long as its
+            lease lasts.
         """
         if self._has_begun:
             return
 
-        def take(_: list[None]) -> None:
-            lease = self._new_lease(storage, duration_s=self._duration_s)
-            lease.run = self._run
-            try:
-                lease.acquire()
-            except StorageError as error:
-                logger.warning("going on without a lease, so a second job here would go unnoticed: %s", error)
-                return
-            self._lease, self._host = lease, ranks.host
-            self._is_exclusive = storage.capabilities.exclusive_publish
+        def take(views: list[Json]) -> Json:
+            mark = self._marked(storage, views)
+            owner = self._doubtful_owner(storage)
+            if owner is None:
+                self._take(storage, ranks, {})
+            return {"mark": mark, "owner": owner}
 
-        ranks.agree("taking the directory", lambda: None, take)
+        told = ranks.agree(ACTION, partial(onedirectory.viewpoint, storage), take)
+        onedirectory.insist(storage, ranks, told["mark"])
+        if told["owner"] is not None:
+            owner = Owner(**told["owner"])
+            ranks.agree(ACTION, lambda: fate_of(owner), lambda fates: self._take(storage, ranks, {owner: set(fates)}))
         self._has_begun = True
+
+    def _marked(self, storage: Storage, views: list[Json]) -> str | None:
+        """Rank 0: mark the directory for all to see; where nothing can be written, saves will say so."""
+        try:
+            return onedirectory.marked(storage, views)
+        except StorageError as error:
+            logger.warning("could not see whether all ranks have one directory: %s", error)
+            return None
+
+    def _doubtful_owner(self, storage: Storage) -> dict[str, Json] | None:
+        """Rank 0: return who owns the directory, if that is a process of which this one cannot say whether it runs."""
+        try:
+            record = look(storage).record
+        except StorageError:
+            return None  # taking it meets the same, and says so
+        if record is None or record.released or fate_of(record.owner) != "unknown":
+            return None
+        return asdict(record.owner)
+
+    def _take(self, storage: Storage, ranks: Ranks, seen: Mapping[Owner, set[Fate]]) -> None:
+        """Rank 0: take the directory, with what all ranks have seen of its owner."""
+        options: dict[str, Any] = {"duration_s": self._duration_s}
+        known = {owner: fates - {"unknown"} for owner, fates in seen.items() if fates - {"unknown"}}
+        if known:  # ranks of one host cannot differ, unless it ends just now
+            options["machine"] = Machine(fate=lambda owner: min(known[owner]) if owner in known else fate_of(owner))
+        lease = self._new_lease(storage, **options)
+        lease.run = self._run
+        try:
+            lease.acquire()
+        except StorageError as error:
+            logger.warning("going on without a lease, so a second job here would go unnoticed: %s", error)
+            return
+        self._lease, self._host = lease, ranks.host
+        self._is_exclusive = storage.capabilities.exclusive_publish
 
     def insist(self) -> None:
         """Make sure that this job still owns the directory; called right before a publish, and before pruning.

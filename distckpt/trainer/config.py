@@ -109,6 +109,8 @@ class LoopConfig:
     """Whether to refuse kernels that may differ from run to run; on GPUs an exact resume needs it."""
     workers: int = 0
     """Processes per rank that load samples; 0 loads in the training process."""
+    timeout_s: float = 600.0
+    """Seconds that a rank waits for another in a step at most; then it fails, and its launcher may start all again."""
     log_every: int = 10
     """Optimizer steps between two lines of the training log."""
     eval_every: int = 1
@@ -247,6 +249,7 @@ def _rules(config: TrainConfig) -> Iterator[tuple[str, bool, str]]:
     yield "checkpoint.ends_at", _is_time(checkpoint.ends_at), "a time in seconds since 1970, or null"
     keep = checkpoint.keep
     yield "checkpoint.keep", isinstance(keep, Retention) or keep >= 1, "at least 1"
+    yield "train.timeout_s", 0 < train.timeout_s < float("inf"), "more than 0 s"
     yield "checkpoint.timeout_s", 0 < checkpoint.timeout_s < float("inf"), "more than 0 s"
 
 

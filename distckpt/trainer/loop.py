@@ -38,6 +38,7 @@ from distckpt.trainer.meter import Meter
 from distckpt.trainer.optimization import apply_settings, check_device
 from distckpt.trainer.order import Plan
 from distckpt.trainer.process import Process, deterministic, joined
+from distckpt.trainer.recall import Hearing
 from distckpt.trainer.reload import load_model
 from distckpt.trainer.sheet import Sheet
 
@@ -54,6 +55,8 @@ class FitResult:
         metrics: The last evaluation's figures: "val/loss", "val/top1", "val/top5"; empty if there was none.
         preempted: Whether the run was asked to stop, and did.
         complete: Whether all steps are done, and their last evaluation.
+        recalled: Whether it stopped only because ranks of other machines were asked to: this one is to be started
+            again, to go on without those.
         evaluation: The last evaluation of this process, by class; None if it made none.
         classes: The classes' names, by label.
     """
@@ -65,6 +68,7 @@ class FitResult:
     complete: bool
     evaluation: Evaluation | None
     classes: tuple[str, ...]
+    recalled: bool = False
 
 
 class Trainer:
@@ -101,7 +105,8 @@ class Trainer:
         Ranks: all (collective); blocks until the training ends.
         """
         with ExitStack() as stack:
-            process = stack.enter_context(joined())
+            hearing = stack.enter_context(Hearing())
+            process = stack.enter_context(joined(timeout_s=self.config.train.timeout_s))
             check_device(self.config.train, process.device)
             stack.enter_context(deterministic(self.config.train.deterministic))
             ranks = Ranks(timeout_s=self.config.checkpoint.timeout_s)
@@ -114,7 +119,8 @@ class Trainer:
                 for change in changed_settings(past, record):
                     logger.info("changed since step %d: %s", past.step, change)
             parts = assemble(self.config, images, process)
-            return _Run(self.config, process, ranks, parts, manager, audience=audience).go()
+            result = _Run(self.config, process, ranks, parts, manager, audience=audience).go()
+            return replace(result, recalled=result.preempted and hearing.only_elsewhere(ranks))
 
     @staticmethod
     def load_model(

@@ -10,11 +10,13 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from distckpt import freshstore
 from distckpt.errors import ConfigError
 from distckpt.trainer.order import derive_seed
 
@@ -42,11 +44,15 @@ class Process:
 
 
 @contextmanager
-def joined() -> Iterator[Process]:
+def joined(*, timeout_s: float) -> Iterator[Process]:
     """Give this process its place among the ranks: NCCL on GPUs, gloo on CPUs; alone without torchrun.
+
+    Args:
+        timeout_s: How long ranks wait for each other, here and in each step.
 
     Raises:
         ConfigError: There are more ranks on this host than GPUs.
+        RankTimeoutError: Ranks did not come.
 
     Ranks: all (collective); blocks until every rank has joined.
     """
@@ -63,7 +69,7 @@ def joined() -> Iterator[Process]:
         torch.cuda.set_device(device)
     ours = not dist.is_initialized() and "WORLD_SIZE" in os.environ
     if ours:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        _make_group("nccl" if cuda else "gloo", device if cuda else None, timeout_s)
     try:
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -73,6 +79,21 @@ def joined() -> Iterator[Process]:
     finally:
         if ours and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _make_group(backend: str, device: torch.device | None, timeout_s: float) -> None:
+    """Make the process group; where torchrun keeps the ranks' store over restarts, in a part of it that is new."""
+    timeout = timedelta(seconds=timeout_s)
+    if not freshstore.is_needed():
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    meeting = dist.PrefixStore("distckpt", kept)  # type: ignore[attr-defined]
+    place = freshstore.fresh_place(meeting, rank=rank, world_size=world_size, timeout_s=timeout_s)
+    store = dist.PrefixStore(place, kept)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device)
 
 
 @contextmanager

@@ -28,15 +28,22 @@ class TrainingJob:
         settings: Arguments of train.py.
         folder: Where it runs, and where its output goes.
         num_ranks: How many ranks.
+        max_restarts: How often torchrun starts them again after one has failed.
     """
 
-    def __init__(self, settings: Sequence[str], folder: Path, *, num_ranks: int = 2) -> None:
+    def __init__(self, settings: Sequence[str], folder: Path, *, num_ranks: int = 2, max_restarts: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*launcher, f"--nproc_per_node={num_ranks}", str(ROOT / "train.py"), *settings],
+                [
+                    *launcher,
+                    f"--nproc_per_node={num_ranks}",
+                    f"--max-restarts={max_restarts}",
+                    str(ROOT / "train.py"),
+                    *settings,
+                ],
                 cwd=folder,
                 env=_environment(),
                 stdin=subprocess.DEVNULL,

@@ -70,7 +70,7 @@ def test_an_evaluation_that_nobody_breaks_off_asks_before_each_batch(ranks: Rank
 
 def evaluate_on_ranks() -> tuple[Evaluation | None, bool, bool]:
     """Return the evaluation, whether the random numbers are as before, and whether the model still trains."""
-    with joined() as process:
+    with joined(timeout_s=60.0) as process:
         trained = model()
         if process.rank != 0:  # each rank has seen samples of its own, and only rank 0's statistics count
             trained(torch.randn(16, 4) * 9)
