@@ -22,15 +22,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from distckpt.errors import (
-    DistckptError,
-    RankFailedError,
-    RankTimeoutError,
-    StorageError,
-    UsageError,
-    from_wire,
-    to_wire,
-)
+from distckpt.errors import DistckptError, RankFailedError, RankTimeoutError, StorageError, UsageError
+from distckpt.failure import from_wire, to_wire
 
 Fact = TypeVar("Fact")
 Verdict = TypeVar("Verdict")

@@ -17,10 +17,12 @@ from distckpt.storage.contract import (
 from distckpt.storage.local import LocalStorage
 from distckpt.storage.objects import KeepsUploads, ObjectStorage
 from distckpt.storage.opening import open_storage
+from distckpt.storage.room import BoundedStorage, Room, mount_point, room_of
 from distckpt.storage.wrappers import CountingStorage, VerbCount
 
 __all__ = [
     "Begun",
+    "BoundedStorage",
     "Buffer",
     "Capabilities",
     "ContinuingStorage",
@@ -31,11 +33,14 @@ __all__ = [
     "ObjectStorage",
     "OpenFile",
     "Readable",
+    "Room",
     "StepwiseStorage",
     "Storage",
     "Upload",
     "VerbCount",
+    "mount_point",
     "open_storage",
     "read_scattered",
+    "room_of",
     "withdraw",
 ]
