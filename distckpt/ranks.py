@@ -163,6 +163,8 @@ class Ranks:
                 verdict = self._judge(store, action, post, decide, deadline)
                 store.set(f"{number}/v", _packed(verdict))
                 store.delete_key(f"{number - 1}/v")  # every rank has read it: it has posted since
+        except DistckptError:  # a timeout, which is an OSError as well
+            raise
         except (dist.DistError, OSError) as error:
             raise RankFailedError(
                 action=action, rank=0, host="of the store", cause=f"{type(error).__name__}: {error}"
@@ -173,7 +175,7 @@ class Ranks:
         self, store: _Store, action: str, own: dict[str, Any], decide: Callable[[list[Any]], Any], deadline: float
     ) -> dict[str, Any]:
         """Rank 0: collect what every rank posted, and turn it into a verdict."""
-        keys = {rank: f"{self._round}/{rank}" for rank in range(1, self.world_size)}
+        keys = self._posts()
         try:
             self._wait(store, action, keys, deadline)
         except RankTimeoutError as error:
@@ -215,6 +217,10 @@ class Ranks:
             shown = _describe(error)
             return {"error": to_wire(RankFailedError(action=action, rank=0, host=self.host, cause=shown["cause"]))}
 
+    def _posts(self) -> dict[int, str]:
+        """Return under which key each rank but 0 posts in this round."""
+        return {rank: f"{self._round}/{rank}" for rank in range(1, self.world_size)}
+
     def _wait(self, store: _Store, action: str, keys: dict[int, str], deadline: float) -> None:
         """Return once all keys are set; keys are by the rank that sets them."""
         left = _left(deadline)
@@ -236,8 +242,15 @@ class Ranks:
         except dist.DistStoreError:
             if time.monotonic() < deadline:
                 raise
-            raise RankTimeoutError(action=action, missing=[0], timeout_s=self.timeout_s) from None
+            raise RankTimeoutError(action=action, missing=self._absent(store), timeout_s=self.timeout_s) from None
         return found[0]
+
+    def _absent(self, store: _Store) -> list[int]:
+        """Return who keeps rank 0 from its verdict: the ranks that have not come; rank 0, if all others have."""
+        posts = self._posts()
+        if not store.check([posts[self.rank]]):
+            return [0]  # it has taken in what all have posted, and said nothing
+        return [rank for rank, key in posts.items() if not store.check([key])] or [0]
 
 
 def _packed(value: Any) -> str:
@@ -245,7 +258,8 @@ def _packed(value: Any) -> str:
 
 
 def _left(deadline: float) -> timedelta:
-    return timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+    """Return the time until a deadline; the store counts whole milliseconds, and must not give up before."""
+    return timedelta(seconds=max(deadline - time.monotonic(), 0.0) + 0.001)
 
 
 class _Patience:

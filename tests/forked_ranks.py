@@ -141,6 +141,8 @@ def _live(
     os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # When a wait has been in vain, torch looks up its peer's name for its log; a lost answer would take seconds.
+    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     torch.set_num_threads(1)
     module, name, path = target
     sys.path[:] = path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,12 +93,13 @@ class FillingStorage:
 
 
 def fill(trial: Trial) -> None:
-    """Leave so many bytes of the disk free; a rank that comes second adds what it still can."""
+    """Leave so many bytes of the disk free; where two ranks do so at once, one of them is enough."""
     status = os.statvfs(trial.disk)
     size = status.f_bavail * status.f_frsize - trial.leave_bytes
     if size > 0:
         fd = os.open(f"{trial.disk}/filler-{os.getpid()}", os.O_WRONLY | os.O_CREAT)
-        os.posix_fallocate(fd, 0, size)
+        with suppress(OSError):
+            os.posix_fallocate(fd, 0, size)
         os.close(fd)
 
 

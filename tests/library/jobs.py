@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import nn
 
 import distckpt
 from distckpt import CheckpointManager, PerRank
+from distckpt.errors import RankTimeoutError
+from distckpt.ranks import Ranks
 
 
 def seeded(seed: int) -> None:
@@ -230,6 +233,25 @@ def do_different_things(directory: str) -> str:
     except distckpt.errors.DistckptError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def wait_with_little_patience(absent: list[int]) -> list[int] | None:
+    """Meet on all ranks; those that are absent come when rank 1, which has little patience, has given up.
+
+    Returns:
+        Whom rank 1 misses.
+    """
+    rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    ranks = Ranks(timeout_s=1.5 if rank == 1 else 60)
+    if rank in absent:
+        store.wait(["rank 1 has given up"], timedelta(seconds=60))
+    try:
+        ranks.barrier("meeting")
+    except RankTimeoutError as error:
+        assert rank == 1
+        store.set("rank 1 has given up", "")
+        return error.missing
+    return None
 
 
 def leave_one_out(directory: str) -> str:

@@ -95,6 +95,11 @@ def test_a_rank_that_does_not_come_is_named_within_the_timeout(ranks: RankPools,
         assert error.startswith("RankTimeoutError: naming the run abandoned: rank 2 did not arrive within 3 s")
 
 
+@pytest.mark.parametrize("absent", [[0], [2], [2, 3]])
+def test_a_rank_whose_patience_ends_first_names_just_those_who_have_not_come(ranks: RankPools, absent: list[int]):
+    assert ranks(4).run(jobs.wait_with_little_patience, absent)[1] == absent
+
+
 @pytest.mark.parametrize("synchronised", [True, False])
 @pytest.mark.parametrize("signalled", [[0], [1], [0, 1]])
 def test_a_signal_on_any_rank_stops_all_at_one_saved_step(
