@@ -162,6 +162,9 @@ class Ranks:
             else:
                 verdict = self._judge(store, action, post, decide, deadline)
                 store.set(f"{number}/v", _packed(verdict))
+                # Only now: until there is a verdict, posts tell the others who has come.
+                for key in self._posts().values():
+                    store.delete_key(key)
                 store.delete_key(f"{number - 1}/v")  # every rank has read it: it has posted since
         except DistckptError:  # a timeout, which is an OSError as well
             raise
@@ -181,9 +184,7 @@ class Ranks:
         except RankTimeoutError as error:
             return {"error": to_wire(error)}
         posts = [own]
-        for key in keys.values():
-            posts.append(json.loads(store.get(key)))
-            store.delete_key(key)
+        posts += [json.loads(store.get(key)) for key in keys.values()]
         for rank, post in enumerate(posts):
             if post["action"] != action:
                 parted = UsageError(
@@ -249,7 +250,7 @@ class Ranks:
         """Return who keeps rank 0 from its verdict: the ranks that have not come; rank 0, if all others have."""
         posts = self._posts()
         if not store.check([posts[self.rank]]):
-            return [0]  # it has taken in what all have posted, and said nothing
+            return [0]  # there was a verdict after all, too late
         return [rank for rank, key in posts.items() if not store.check([key])] or [0]
 
 

@@ -64,12 +64,20 @@ class ForkedRanks:
         ]
 
     def __enter__(self) -> Self:
+        # When a wait has been in vain, torch tells its log the peer's name, and asks a name server for it. If that does
+        # not answer, it takes five seconds more: the server that the ranks are forked from starts without that log.
+        before = os.environ.get("TORCH_CPP_LOG_LEVEL")
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
         try:
             for process in self.processes:
                 process.start()
         except BaseException:
             self.kill()
             raise
+        finally:
+            del os.environ["TORCH_CPP_LOG_LEVEL"]
+            if before is not None:
+                os.environ["TORCH_CPP_LOG_LEVEL"] = before
         return self
 
     def __exit__(
@@ -141,8 +149,6 @@ def _live(
     os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    # When a wait has been in vain, torch looks up its peer's name for its log; a lost answer would take seconds.
-    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     torch.set_num_threads(1)
     module, name, path = target
     sys.path[:] = path
