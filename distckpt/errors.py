@@ -130,6 +130,11 @@ class StorageFullError(StorageError):
         sizes = {"needed_bytes": needed_bytes, "free_bytes": free_bytes}
         self._tell(message, fix=fix, path=path, step=step, ranks=ranks, **sizes)
         self.action, self.cause, self.errno = "write", cause, errno.ENOSPC
+        self.rank, self.host = None, None
+
+    def of_rank(self, rank: int, host: str) -> StorageFullError:
+        """Return this error as it is: it names its ranks."""
+        return self
 
 
 class CheckpointExistsError(DistckptError, FileExistsError):
