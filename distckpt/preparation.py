@@ -14,7 +14,7 @@ import torch
 
 from distckpt import names, room
 from distckpt.checksum import digest
-from distckpt.errors import DistckptError, UsageError
+from distckpt.errors import DistckptError, RankFailedError, RankTimeoutError, UsageError
 from distckpt.garbage import kept_off
 from distckpt.inspection import Inspection, Sampled
 from distckpt.manifest import Layout, to_text
@@ -129,6 +129,8 @@ def prepare(
             staged = workspace.staging.stage(share.plan, share.sources(tensors), patient=patient)
             if copy == "now":
                 staged.begin()
+    except (RankFailedError, RankTimeoutError):
+        raise  # all ranks know it: none waits once more
     except (DistckptError, RuntimeError, ValueError, MemoryError) as error:
         failure = error
     return PreparedSave(

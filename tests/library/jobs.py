@@ -15,7 +15,9 @@ from torch import nn
 import distckpt
 from distckpt import CheckpointManager, PerRank
 from distckpt.errors import RankTimeoutError
+from distckpt.preparation import SaveRequest, prepare
 from distckpt.ranks import Ranks
+from distckpt.workspace import Workspace
 
 
 def seeded(seed: int) -> None:
@@ -233,6 +235,30 @@ def do_different_things(directory: str) -> str:
     except distckpt.errors.DistckptError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+class Leaving(Ranks):
+    """Ranks of which number 1 does not come to the second meeting."""
+
+    num_meetings = 0
+
+    def agree(self, *args: Any) -> Any:
+        self.num_meetings += 1
+        if self.rank == 1 and self.num_meetings == 2:
+            raise KeyboardInterrupt
+        return super().agree(*args)
+
+
+def prepare_without_one_rank(directory: str) -> str | None:
+    """Prepare a save for which rank 0 needs what the others have, and one of them leaves; return what is raised."""
+    request = SaveRequest(step=1, folder="one", run="run", layout="full", rng=False)
+    state = {"own": PerRank(torch.ones(3))}
+    storage = distckpt.storage.open_storage(directory)
+    try:
+        prepare(state, request, ranks=Leaving(timeout_s=3), storage=storage, workspace=Workspace())
+    except (RankTimeoutError, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def wait_with_little_patience(absent: list[int]) -> list[int] | None:
