@@ -19,7 +19,7 @@ from typing import Any, Literal
 from distckpt import names
 from distckpt.checksum import digest
 from distckpt.errors import DistckptError
-from distckpt.storage import LocalStorage, Storage
+from distckpt.storage import LocalStorage, Storage, room_of
 
 Verdict = Literal["good", "warning", "bad", "unknown"]
 
@@ -313,14 +313,10 @@ def _file_system(path: Path) -> str | None:
 
 
 def _room(storage: Storage, save_bytes: int | None) -> Finding:
-    if not isinstance(storage, LocalStorage):
-        return Finding(name="room", verdict="unknown", text="object stores do not say how much room is left")
-    there = next(path for path in (storage.root, *storage.root.parents) if path.exists())
-    try:
-        facts = os.statvfs(there)
-    except OSError as error:
-        return Finding(name="room", verdict="unknown", text=f"the system does not say: {error.strerror}")
-    free = facts.f_bavail * facts.f_frsize
+    room = room_of(storage)
+    if room is None:
+        return Finding(name="room", verdict="unknown", text="this storage does not say how much room is left")
+    free = room.num_bytes
     text = f"{_size(free)} free for this user; a quota may be lower"
     if save_bytes is not None and free < 2 * save_bytes:
         needs = "one checkpoint" if free < save_bytes else "a second one beside it, which a save needs,"

@@ -7,8 +7,10 @@ raised, with the same type and message, on all of them.
 
 from __future__ import annotations
 
+import errno
 import time
-from typing import Any
+
+from distckpt.failure import SHOWN_PROBLEMS, DistckptError, listed, numbered
 
 __all__ = [
     "CheckpointDamagedError",
@@ -27,33 +29,11 @@ __all__ = [
     "StateLoadError",
     "StateMismatchError",
     "StorageError",
+    "StorageFullError",
     "UnsafeFileError",
     "UnsupportedStateError",
     "UsageError",
 ]
-
-SHOWN_PROBLEMS = 20  # a report of a thousand missing keys helps nobody
-
-
-class DistckptError(Exception):
-    """Anything that distckpt raises on purpose.
-
-    Attributes:
-        facts: The keyword arguments that the error was made from; plain JSON values.
-        fix: What the reader can do about it, ready to paste; None if nothing is known to help.
-    """
-
-    facts: dict[str, Any]
-    fix: str | None = None
-
-    def _tell(self, message: str, *, fix: str | None, **facts: Any) -> None:
-        super().__init__(message if fix is None else f"{message}\nFix: {fix}")
-        self.facts = {**facts, "fix": fix}
-        for name, value in self.facts.items():  # after the builtin's own constructor, which resets some of them
-            setattr(self, name, value)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return from_wire, (to_wire(self),)
 
 
 class ConfigError(DistckptError, ValueError):
@@ -125,6 +105,36 @@ class StorageError(DistckptError, OSError):
     def of_rank(self, rank: int, host: str) -> StorageError:
         """Return this error as one that a rank has met."""
         return StorageError(**{**self.facts, "cause": f"{self.cause}; met by rank {rank} (host {host})"})
+
+
+class StorageFullError(StorageError):
+    """A checkpoint does not fit into what a file system has left; the save was not begun.
+
+    Attributes:
+        step: The step that was to be saved.
+        needed_bytes: What the ranks that share the file system would write there, at least.
+        free_bytes: What it has left for this user.
+        ranks: Those ranks.
+    """
+
+    step: int
+    needed_bytes: int
+    free_bytes: int
+    ranks: list[int]
+
+    def __init__(
+        self, *, path: str, step: int, needed_bytes: int, free_bytes: int, ranks: list[int], fix: str | None = None
+    ) -> None:
+        cause = f"no room: {numbered('rank', ranks)} would write {needed_bytes:,} bytes there, {free_bytes:,} are free"
+        message = f"save of step {step} not begun: {cause}, in {path!r}"
+        sizes = {"needed_bytes": needed_bytes, "free_bytes": free_bytes}
+        self._tell(message, fix=fix, path=path, step=step, ranks=ranks, **sizes)
+        self.action, self.cause, self.errno = "write", cause, errno.ENOSPC
+        self.rank, self.host = None, None
+
+    def of_rank(self, rank: int, host: str) -> StorageFullError:
+        """Return this error as it is: it names its ranks."""
+        return self
 
 
 class CheckpointExistsError(DistckptError, FileExistsError):
@@ -413,7 +423,7 @@ class StateDivergedError(DistckptError, RuntimeError):
         advice = "restore an older checkpoint, and look at the hardware of these ranks, and at what changes parameters "
         advice += "beside the optimizer; state that is meant to differ is marked by PerRank(...)"
         message = f"step {step}: replicas have diverged: rank {odd} has other values in "
-        self._tell(message + _listed(names), fix=fix or advice, step=step, names=names, ranks=ranks)
+        self._tell(message + listed(names), fix=fix or advice, step=step, names=names, ranks=ranks)
 
 
 class NonFiniteStateError(DistckptError, ArithmeticError):
@@ -429,22 +439,4 @@ class NonFiniteStateError(DistckptError, ArithmeticError):
 
     def __init__(self, *, step: int, names: list[str], fix: str | None = None) -> None:
         advice = "restore an older checkpoint, and lower the learning rate or clip the gradients"
-        self._tell(f"step {step}: NaN or infinities in {_listed(names)}", fix=fix or advice, step=step, names=names)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def to_wire(error: DistckptError) -> dict[str, Any]:
-    """Return an error as plain JSON values, for `from_wire` on another rank."""
-    return {"type": type(error).__name__, "facts": error.facts}
-
-
-def from_wire(wire: dict[str, Any]) -> DistckptError:
-    """Return the error that `to_wire` described."""
-    kinds = {name: kind for name, kind in globals().items() if name in __all__}
-    made = kinds[wire["type"]](**wire["facts"])
-    if not isinstance(made, DistckptError):
-        raise TypeError(f"{wire['type']} is no DistckptError")
-    return made
+        self._tell(f"step {step}: NaN or infinities in {listed(names)}", fix=fix or advice, step=step, names=names)

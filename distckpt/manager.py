@@ -392,7 +392,7 @@ class CheckpointManager:
             SaveInFlightError: The save before is still being written, and `when_busy` is "raise".
             RankFailedError: A rank failed in this save, or in the one before that ran in the background.
             RankTimeoutError: A rank did not come.
-            StorageError: As the only rank, it could not be written.
+            StorageError: As the only rank, it could not be written; on all, a `StorageFullError`: it does not fit.
 
         Ranks: all (collective); blocks until the save before is committed (see `when_busy`), all ranks have come, and
             this rank's share lies in host memory; without `background`, until the checkpoint is committed.

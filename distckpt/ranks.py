@@ -24,15 +24,8 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from distckpt import freshstore
-from distckpt.errors import (
-    DistckptError,
-    RankFailedError,
-    RankTimeoutError,
-    StorageError,
-    UsageError,
-    from_wire,
-    to_wire,
-)
+from distckpt.errors import DistckptError, RankFailedError, RankTimeoutError, StorageError, UsageError
+from distckpt.failure import from_wire, to_wire
 
 Fact = TypeVar("Fact")
 Verdict = TypeVar("Verdict")
@@ -198,6 +191,8 @@ class Ranks:
 
         def tell() -> None:
             store.set(f"{number}/v", _packed(verdict))
+            for key in self._posts().values():  # only now: until there is a verdict, they tell the others who has come
+                store.delete_key(key)
             store.delete_key(f"{number - 1}/v")  # every rank has read it: it has posted since
 
         self._ask(action, tell)
@@ -222,7 +217,7 @@ class Ranks:
             if self.rank != 0:
                 raise RankTimeoutError(action=action, missing=[0], timeout_s=self.timeout_s) from None
             raise _store_failed(action, f"it gave no answer within {self.timeout_s:g} s") from None
-        except DistckptError:
+        except DistckptError:  # a timeout, which is an OSError as well
             raise
         except (dist.DistError, OSError) as error:
             raise _store_failed(action, f"{type(error).__name__}: {error}") from error
@@ -232,15 +227,12 @@ class Ranks:
         self, store: _Store, action: str, own: dict[str, Any], decide: Callable[[list[Any]], Any]
     ) -> dict[str, Any]:
         """Rank 0: collect what every rank posted, and turn it into a verdict."""
-        keys = {rank: f"{self._round}/{rank}" for rank in range(1, self.world_size)}
+        keys = self._posts()
         deadline = time.monotonic() + self.timeout_s
 
         def collect() -> list[Any]:
             self._wait(store, action, keys, deadline)
-            found = [json.loads(store.get(key)) for key in keys.values()]
-            for key in keys.values():
-                store.delete_key(key)
-            return found
+            return [json.loads(store.get(key)) for key in keys.values()]
 
         try:
             posts = [own, *self._ask(action, collect)]
@@ -283,6 +275,10 @@ class Ranks:
             shown = _describe(error)
             return {"error": to_wire(RankFailedError(action=action, rank=0, host=self.host, cause=shown["cause"]))}
 
+    def _posts(self) -> dict[int, str]:
+        """Return under which key each rank but 0 posts in this round."""
+        return {rank: f"{self._round}/{rank}" for rank in range(1, self.world_size)}
+
     def _wait(self, store: _Store, action: str, keys: dict[int, str], deadline: float) -> None:
         """Return once all keys are set; keys are by the rank that sets them."""
         left = _left(deadline)
@@ -303,7 +299,14 @@ class Ranks:
         except dist.DistStoreError:
             if time.monotonic() < deadline - _ROUNDING_S:
                 raise
-            raise RankTimeoutError(action=action, missing=[0], timeout_s=self.timeout_s) from None
+            raise RankTimeoutError(action=action, missing=self._absent(store), timeout_s=self.timeout_s) from None
+
+    def _absent(self, store: _Store) -> list[int]:
+        """Return who keeps rank 0 from its verdict: the ranks that have not come; rank 0, if all others have."""
+        posts = self._posts()
+        if not store.check([posts[self.rank]]):
+            return [0]  # there was a verdict after all, too late
+        return [rank for rank, key in posts.items() if not store.check([key])] or [0]
 
 
 def _place(store: dist.distributed_c10d.Store, timeout_s: float) -> str:
@@ -323,7 +326,8 @@ def _packed(value: Any) -> str:
 
 
 def _left(deadline: float) -> timedelta:
-    return timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+    """Return the time until a deadline; the store counts whole milliseconds, and must not give up before."""
+    return timedelta(seconds=max(deadline - time.monotonic(), 0.0) + 0.001)
 
 
 def _store_failed(action: str, cause: str) -> RankFailedError:

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from distckpt import catalog, names
 from distckpt.background import Pruner, PruneRequest, Writing
-from distckpt.commit import Copy, PreparedSave, SaveRequest, commit, prepare, prewarm
-from distckpt.errors import SaveInFlightError, UsageError
+from distckpt.commit import commit
+from distckpt.errors import SaveInFlightError, StorageFullError, UsageError
 from distckpt.events import Callback, Saved, SaveFailed, SaveSkipped
 from distckpt.inspection import Inspection
 from distckpt.manifest import Layout, Manifest
 from distckpt.pace import Pace
+from distckpt.preparation import PreparedSave, SaveRequest, prepare, prewarm
 from distckpt.progress import Progress
 from distckpt.ranks import Ranks
 from distckpt.retention import Retention
@@ -217,8 +218,7 @@ class Saver:
         request = self._request(step, metrics, ranks)
         self._pruner.spare(step)
         try:
-            copy: Copy = "now" if self._background else "while writing"
-            prepared = prepare(state, request, ranks=ranks, workspace=self._workspace, copy=copy, overlap=self._overlap)
+            prepared = self._prepare(state, request, ranks)
         except BaseException as error:
             self._pruner.release()
             self._tell(SaveFailed.of(error, step=step))
@@ -230,6 +230,26 @@ class Saver:
         else:
             self._write(prepared, writing_ranks, begun, None)
         self._pace.restart(step)
+
+    def _prepare(self, state: Mapping[str, Any], request: SaveRequest, ranks: Ranks) -> PreparedSave:
+        """Prepare a save; if there is no room for it, once more when all that is to be deleted is gone."""
+
+        def attempt() -> PreparedSave:
+            return prepare(
+                state,
+                request,
+                ranks=ranks,
+                storage=self.storage,
+                workspace=self._workspace,
+                copy="now" if self._background else "while writing",
+                overlap=self._overlap,
+            )
+
+        try:
+            return attempt()
+        except StorageFullError:  # on all ranks
+            self._pruner.wait()
+            return attempt()
 
     def await_commit(self) -> None:
         """Return once no save is in flight.

@@ -9,8 +9,9 @@ from typing import Any
 
 from distckpt import names, onedirectory
 from distckpt.catalog import Checkpoint, describe, locate
-from distckpt.commit import SaveRequest, commit, prepare
+from distckpt.commit import commit
 from distckpt.manifest import Layout
+from distckpt.preparation import SaveRequest, prepare
 from distckpt.ranks import Ranks
 from distckpt.restore import RestoreRequest, restore
 from distckpt.storage import open_storage
@@ -51,6 +52,7 @@ def save(
         UnsupportedStateError: The state holds something that cannot be saved; names the key.
         RankFailedError: A rank failed; there is no checkpoint.
         RankTimeoutError: A rank did not come; there is no checkpoint.
+        StorageFullError: There is not enough room for it; nothing was written.
         StorageError: As the only rank, it could not be written.
 
     Ranks: all (collective); blocks until the checkpoint is committed.
@@ -73,7 +75,7 @@ def save(
         metrics=dict(metrics or {}),
         config=None if config is None else dict(config),
     )
-    prepared = prepare(state, request, ranks=ranks, workspace=Workspace(), copy="while writing")
+    prepared = prepare(state, request, ranks=ranks, storage=storage, workspace=Workspace(), copy="while writing")
     commit(prepared, ranks=ranks, storage=storage)
     folder, manifest = locate(storage)
     return describe(storage, manifest, folder=folder)

@@ -87,11 +87,15 @@ class Structure:
     Attributes:
         names: Their names.
         owners: For each the one rank whose values count, or None.
+        num_bytes: How many bytes they take, by their owner.
     """
 
     def __init__(self, names: Sequence[str], owners: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> None:
         self.names = tuple(names)
         self.owners = tuple(owners)
+        self.num_bytes: dict[int | None, int] = {}
+        for owner, tensor in zip(owners, tensors, strict=True):
+            self.num_bytes[owner] = self.num_bytes.get(owner, 0) + tensor.numel() * tensor.element_size()
         self._facts = [f"{n} {DTYPE_NAMES[t.dtype]} {tuple(t.shape)}" for n, t in zip(names, tensors, strict=True)]
         self._fingerprint = ""
         self._of_rank: dict[int, Structure] = {}

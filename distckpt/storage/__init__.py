@@ -18,10 +18,12 @@ from distckpt.storage.contract import (
 from distckpt.storage.local import LocalStorage
 from distckpt.storage.objects import ObjectStorage
 from distckpt.storage.opening import open_storage
+from distckpt.storage.room import BoundedStorage, Room, mount_point, room_of
 from distckpt.storage.wrappers import CountingStorage, VerbCount
 
 __all__ = [
     "Begun",
+    "BoundedStorage",
     "Buffer",
     "Capabilities",
     "ContinuingStorage",
@@ -32,11 +34,14 @@ __all__ = [
     "ObjectStorage",
     "OpenFile",
     "Readable",
+    "Room",
     "StepwiseStorage",
     "Storage",
     "UnfinishedUpload",
     "VerbCount",
+    "mount_point",
     "open_storage",
     "read_scattered",
+    "room_of",
     "withdraw",
 ]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distckpt.errors import StorageError
+from distckpt.storage.room import mount_point, room_at
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM}
@@ -66,15 +67,22 @@ def telling(action: str, path: str, *, absent_is_builtin: bool = False) -> Itera
         raise local_error(error, action=action, path=path) from error
 
 
-def local_error(error: OSError, *, action: str, path: str, num_written: int | None = None) -> StorageError:
-    """Return the `StorageError` for a system call on a local file that failed."""
+def local_error(
+    error: OSError, *, action: str, path: str, num_written: int | None = None, num_bytes: int | None = None
+) -> StorageError:
+    """Return the `StorageError` for a system call on a local file that failed.
+
+    Args:
+        error: What the system said.
+        action: What was tried, as a verb.
+        path: On what.
+        num_written: How many bytes of the file had been written.
+        num_bytes: How many it was to have.
+    """
     cause = error.strerror or str(error) or type(error).__name__
     fix = None
-    if error.errno in _NO_SPACE:
-        folder, free = _free_bytes(path)
-        written = "" if num_written is None else f" after {num_written:,} bytes of this file"
-        cause = f"{cause}{written}; {free:,} bytes are free for this user on the file system of {str(folder)!r}"
-        fix = f"free space or raise the quota there (df -h {folder}), keep fewer checkpoints, or use another directory"
+    if is_full(error):
+        cause, fix = _told_full(cause, path, num_written, num_bytes)
     elif error.errno in _NO_PERMISSION:
         fix = f"give user id {os.geteuid()} the right to {action} there (ls -ld shows who has it)"
     elif error.errno == errno.EROFS:
@@ -87,14 +95,25 @@ def local_error(error: OSError, *, action: str, path: str, num_written: int | No
     return StorageError(path=path, action=action, cause=cause, errno=error.errno, fix=fix)
 
 
-def _free_bytes(path: str) -> tuple[Path, int]:
-    for folder in Path(path).parents:
-        try:
-            status = os.statvfs(folder)
-        except OSError:
-            continue
-        return folder, status.f_bavail * status.f_frsize
-    return Path(path).parent, 0
+def is_full(error: BaseException) -> bool:
+    """Say whether a call was refused because a disk or a quota is full: then it has not happened, and never will."""
+    return isinstance(error, OSError) and error.errno in _NO_SPACE
+
+
+def _told_full(cause: str, path: str, num_written: int | None, num_bytes: int | None) -> tuple[str, str]:
+    """Return the cause with what was written and what is left, and what to do about it."""
+    if num_written is not None:
+        wanted = "" if num_bytes is None else f" of {num_bytes:,}"
+        cause += f" after {num_written:,}{wanted} bytes of this file"
+    room = room_at(Path(path).parent)
+    if room is None:
+        folder = str(Path(path).parent)
+    else:
+        folder = mount_point(room.folder)
+        cause += f"; {room.num_bytes:,} bytes are free for this user on the file system of {folder!r}"
+        cause += "" if room.takes_files else ", but it takes no more files"
+    fix = f"free space or raise the quota there (df -h {folder}), keep fewer checkpoints, or use another directory"
+    return cause, fix
 
 
 def remote_error(

@@ -24,6 +24,7 @@ from distckpt.storage.exclusive import name_exclusively
 from distckpt.storage.failures import local_error, telling
 from distckpt.storage.mapping import LocalFile
 from distckpt.storage.openfiles import reserve, write_all
+from distckpt.storage.room import Room, room_at
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _INNER_FOLDER = _FOLDER | os.O_NOFOLLOW
@@ -73,6 +74,10 @@ class LocalStorage:
             num_readers=_NUM_READERS,
         )
 
+    def room(self) -> Room | None:
+        """Return what is left of the file system, as `BoundedStorage` says."""
+        return room_at(self.root)
+
     def put(self, name: str, chunks: Iterable[Buffer], *, num_bytes: int | None = None) -> int:
         """Write a data file from `chunks`, as `Storage.put` says; they go to the system uncopied.
 
@@ -81,9 +86,13 @@ class LocalStorage:
         Source: with its room reserved, a file of 300 MB was durable in half the time (0.08 s instead of 0.19);
         past the page cache in 0.38 s instead of 0.46 on a slower disk.
         """
-        with telling("write", self._path(name)):
-            fd = self._create(name)
-        return self._fill(fd, name, chunks, num_bytes=num_bytes)
+        try:
+            with telling("write", self._path(name)):
+                fd = self._create(name)
+            return self._fill(fd, name, chunks, num_bytes=num_bytes)
+        except BaseException:
+            self._remove_empty(_parent(name))
+            raise
 
     def begun(self, name: str, *, num_bytes: int) -> Begun:
         """Return what is there of an unfinished file, as `ContinuingStorage.begun` says: nobody vouches for it."""
@@ -128,7 +137,7 @@ class LocalStorage:
         temporary = f"{last}.{secrets.token_hex(8)}.tmp"
         with telling("publish", path):
             fd = self._create(join(folder, temporary))
-        self._fill(fd, join(folder, temporary), [data])
+        self._fill(fd, join(folder, temporary), [data], num_bytes=len(data), reserves=False)
         try:
             with telling("publish", path), self._folder(folder) as folder_fd:
                 is_new = self._give_name(temporary, last, folder_fd)
@@ -258,13 +267,14 @@ class LocalStorage:
         num_bytes: int | None = None,
         begin: int = 0,
         keep: bool = False,
+        reserves: bool = True,
     ) -> int:
         """Write `chunks` from `begin` on, sync and close the file; if that fails, remove it unless it is to `keep`."""
         path = self._path(name)
         has_room = False
         try:
             try:
-                if num_bytes:
+                if num_bytes and reserves:
                     reserve(fd, num_bytes, path)
                 has_room = True
                 num_written = self._write(fd, chunks, path, num_bytes=None if begin else num_bytes)
@@ -283,7 +293,7 @@ class LocalStorage:
     def _write(self, fd: int, chunks: Iterable[Buffer], path: str, *, num_bytes: int | None) -> int:
         """Write chunks in the way that suits the file's size and the disk; return their size."""
         if not self._writes_directly(num_bytes or 0):
-            return write_all(fd, chunks, path)
+            return write_all(fd, chunks, path, num_bytes=num_bytes)
         num_written = 0
         try:
             for num_written in direct.write(fd, chunks):  # noqa: B007  the last one counts
@@ -291,7 +301,7 @@ class LocalStorage:
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
-            raise local_error(error, action="write", path=path, num_written=num_written) from error
+            raise local_error(error, action="write", path=path, num_written=num_written, num_bytes=num_bytes) from error
         return num_written
 
     def _writes_directly(self, num_bytes: int) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distckpt.storage.contract import Buffer, Capabilities, FileInfo, Storage, read_scattered, withdraw
+from distckpt.storage.room import Room, room_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,10 @@ class CountingStorage:
     def capabilities(self) -> Capabilities:
         """What the inner storage promises."""
         return self.inner.capabilities
+
+    def room(self) -> Room | None:
+        """Return how much room the inner storage has left; not counted."""
+        return room_of(self.inner)
 
     def counted(self, verb: str) -> VerbCount:
         """Return what was counted for "put", "sync", "publish", "read", "read_all", "list" or "delete"."""

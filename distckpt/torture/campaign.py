@@ -26,10 +26,10 @@ from distckpt.names import join
 from distckpt.storage import Storage, open_storage
 from distckpt.torture.journal import Line, judge, read
 
-START_LIMIT_S = 180.0
+START_LIMIT_S = 600.0  # a rank that waits for another gives up long before; a starved machine may need it
 POLL_S = 0.001
 MOST_FAILURES = 3  # a resume that fails will fail again
-AIMED = 0.6  # of the kills are aimed into a save, the others come at any moment
+AIMED = 0.6  # of the kills are aimed into a save, more if too few hit; the others come at any moment
 EARLY = 0.1  # come before the job has resumed
 MOST_GAP_S = 0.01  # between the kills of two ranks
 SHOWN_LOG_CHARS = 2000
@@ -240,7 +240,8 @@ class _Campaign:
         if not self._wait(ranks, START_LIMIT_S, lambda: self._heard("saving") >= num_saves, must_hold=True):
             return False
         self._learn_pace()
-        most_s = self._save_s if self._random.random() < AIMED else 5 * self._save_s
+        is_aimed = self._random.random() < AIMED or 2 * self._report.kills_in_save < self._report.kills
+        most_s = self._save_s if is_aimed else 5 * self._save_s
         return self._wait(ranks, self._random.uniform(0.0, most_s), lambda: False)
 
     def _wait(

@@ -31,12 +31,13 @@ def facts(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-def test_a_job_that_is_killed_comes_back_to_what_it_was_told_is_safe(tmp_path: Path) -> None:
-    process = torture(tmp_path, "--kills", 4, "--megabytes", 0.5, "--seed", 3)
+@pytest.mark.parametrize("layout", ["sharded", "full"])
+def test_a_job_that_is_killed_comes_back_to_what_it_was_told_is_safe(tmp_path: Path, layout: str) -> None:
+    process = torture(tmp_path, "--kills", 10, "--megabytes", 0.5, "--seed", 3, "--layout", layout)
     found = facts(process)
     assert process.returncode == 0, found
     assert found.keys() == FIELDS
-    assert (found["kills"], found["lost"], found["wrong"], found["failed"], found["damaged"]) == (4, [], [], [], [])
+    assert (found["kills"], found["lost"], found["wrong"], found["failed"], found["damaged"]) == (10, [], [], [], [])
     assert found["acknowledged"] > 0
     assert found["left_over"] <= found["kills_in_save"]
     assert list(tmp_path.iterdir()) == [], "it leaves nothing"
@@ -58,16 +59,19 @@ def test_checkpoints_that_somebody_deletes_meanwhile_are_missed(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 @pytest.mark.parametrize("layout", ["sharded", "full"])
 @pytest.mark.parametrize("place", ["local", "s3"])
 def test_nothing_is_lost_in_a_long_run(request: pytest.FixtureRequest, tmp_path: Path, place: str, layout: str) -> None:
     url = tmp_path if place == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/torture"
     process = torture(url, "--kills", 100 if place == "local" else 30, "--layout", layout)
-    said, _ = process.communicate(timeout=1700)
+    said, _ = process.communicate(timeout=5300)
     found = json.loads(said)
+    print(found)
     assert process.returncode == 0, found
-    assert found["kills_in_save"] >= found["kills"] / 4
+    assert found["kills_in_save"] >= found["kills"] / 2
+    assert found["most_abandoned"] <= 2, "that of the kill, and the one before, whose manifest might still come"
+    assert found["left_over"] <= 1
 
 
 # The judgement.

@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from recording import Cut, Log, Op, is_before
 
-from distckpt.storage import Storage, exclusive, local, mapping, openfiles
+from distckpt.storage import Storage, exclusive, local, mapping, openfiles, room
 from distckpt.storage.local import LocalStorage
 
 TOP = 0
@@ -132,7 +132,9 @@ class Disk:
     @contextmanager
     def opened(self) -> Iterator[Callable[[], Storage]]:
         """Let `LocalStorage` see this disk, and nothing else, meanwhile; give what each rank opens its own with."""
-        before = local.os, openfiles.os, exclusive.os, mapping.os, mapping._OWN, local.Path  # type: ignore[attr-defined]
+        seeing = (local, exclusive, openfiles, mapping, room)
+        before = mapping._OWN, local.Path
+        system = local.os
         disk = self
 
         class DiskPath(PurePosixPath):
@@ -145,13 +147,16 @@ class Disk:
             def stat(self) -> Any:
                 return disk.stat(str(self))
 
-        local.os = openfiles.os = exclusive.os = mapping.os = self  # type: ignore[attr-defined,assignment]
+        for module in seeing:
+            module.os = self  # type: ignore[attr-defined]
         local.Path = DiskPath  # type: ignore[attr-defined,assignment]
         mapping._OWN = set()  # nothing is mapped: its descriptors mean something else to the system
         try:
             yield lambda: LocalStorage(ROOT)
         finally:
-            local.os, openfiles.os, exclusive.os, mapping.os, mapping._OWN, local.Path = before  # type: ignore[attr-defined]
+            mapping._OWN, local.Path = before
+            for module in seeing:
+                module.os = system  # type: ignore[attr-defined]
 
     @property
     def num_open(self) -> int:
@@ -199,6 +204,8 @@ class Disk:
         self.on_call("rmdir", path)
         folder, name = self._place(path, dir_fd)
         inode = self._found(folder, name)
+        if inode not in self.contents.folders:
+            raise _error(errno.ENOTDIR, name)
         if self.contents.folders[inode]:
             raise _error(errno.ENOTEMPTY, name)
         self._change("rmdir", folder, name)
@@ -255,6 +262,11 @@ class Disk:
         self.on_call("stat", _last(path))
         folder, name = self._place(path, dir_fd)
         return self._facts(self._found(folder, name) if name else folder)
+
+    def statvfs(self, path: Any) -> Any:
+        self.on_call("statvfs", _last(path))
+        self._place(path, None)
+        return SimpleNamespace(f_blocks=1 << 30, f_bavail=1 << 29, f_frsize=4096, f_files=1 << 20, f_favail=1 << 19)
 
     @contextmanager
     def scandir(self, number: int) -> Iterator[list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -9,10 +10,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from training_job import ROOT, TrainingJob, distckpt, last_step, logged, train
+import resume_jobs
+from forked_ranks import ForkedRanks
+from training_job import END_TIMEOUT_S, ROOT, TrainingJob, distckpt, last_step, logged, train
 
 TOTAL = 4 * 45  # epochs by steps of an epoch
 COMMON = ["--seed=3", "--train.epochs=4", "--train.global_batch_size=32", "--train.log_every=1", "--checkpoint.every=7"]
@@ -66,18 +70,40 @@ def test_a_run_that_is_killed_twice_ends_as_if_nothing_had_happened(
     assert_same_end(run, undisturbed)
 
 
+def kill_and_go_on(mine: list[str], run: Path, moment: random.Random) -> int:
+    """Train to the end, killed again and again at any moment; return how often."""
+    for num_kills in itertools.count():
+        step = last_step(run) + moment.randrange(1, TOTAL // 3)
+        with ForkedRanks(2, run.parent / f"leg-{num_kills}", resume_jobs.train, mine, joins=False) as ranks:
+            if step < TOTAL - 3 and ranks.wait_until(partial(has_come_to, run, step), timeout_s=END_TIMEOUT_S):
+                time.sleep(moment.uniform(0, 0.05))  # anywhere between two steps, and in the middle of a save
+                ranks.kill()
+                continue
+            hung = ranks.join((0, 1), timeout_s=END_TIMEOUT_S)
+            assert not hung, ranks.log(0)
+            assert [ranks.told(rank)[-1]["complete"] for rank in (0, 1)] == [True, True], ranks.log(0)
+            return num_kills
+    raise AssertionError("unreachable")
+
+
+def has_come_to(run: Path, step: int) -> bool:
+    return last_step(run) >= step
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 @pytest.mark.parametrize("layout", ["sharded", "full"])
-def test_a_kill_at_any_moment_changes_nothing(undisturbed: Path, tmp_path: Path, layout: str) -> None:
-    for attempt in range(20):
-        folder = tmp_path / str(attempt)
-        run = folder / "run"
+def test_fifty_kills_at_any_moment_change_nothing(undisturbed: Path, tmp_path: Path, layout: str) -> None:
+    """Each resume has to be exact, or a later line of the log, or the end, would not be."""
+    num_kills = 0
+    for number in itertools.count():
+        run = tmp_path / str(number) / "run"
         mine = settings(run, f"--checkpoint.layout={layout}")
-        moment = random.Random(attempt)
-        kill_at(moment.randrange(1, TOTAL - 30), mine, folder, run, later_s=moment.uniform(0, 0.05))
-        train(mine, folder)
+        num_kills += kill_and_go_on(mine, run, random.Random(f"{layout} {number}"))
         assert_same_end(run, undisturbed)
+        if num_kills >= 50:
+            break
+    print(f"{layout}: {num_kills} kills in {number + 1} runs, each resumed from; every end was the same")
 
 
 def test_sigterm_in_the_middle_of_an_epoch_saves_that_step_and_ends_cleanly(undisturbed: Path, tmp_path: Path) -> None:

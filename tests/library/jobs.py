@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,10 @@ from torch import nn
 
 import distckpt
 from distckpt import CheckpointManager, PerRank
+from distckpt.errors import RankTimeoutError
+from distckpt.preparation import SaveRequest, prepare
+from distckpt.ranks import Ranks
+from distckpt.workspace import Workspace
 
 
 def seeded(seed: int) -> None:
@@ -230,6 +235,49 @@ def do_different_things(directory: str) -> str:
     except distckpt.errors.DistckptError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+class Leaving(Ranks):
+    """Ranks of which number 1 does not come to the second meeting."""
+
+    num_meetings = 0
+
+    def agree(self, *args: Any) -> Any:
+        self.num_meetings += 1
+        if self.rank == 1 and self.num_meetings == 2:
+            raise KeyboardInterrupt
+        return super().agree(*args)
+
+
+def prepare_without_one_rank(directory: str) -> str | None:
+    """Prepare a save for which rank 0 needs what the others have, and one of them leaves; return what is raised."""
+    request = SaveRequest(step=1, folder="one", run="run", layout="full", rng=False)
+    state = {"own": PerRank(torch.ones(3))}
+    storage = distckpt.storage.open_storage(directory)
+    try:
+        prepare(state, request, ranks=Leaving(timeout_s=3), storage=storage, workspace=Workspace())
+    except (RankTimeoutError, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def wait_with_little_patience(absent: list[int]) -> list[int] | None:
+    """Meet on all ranks; those that are absent come when rank 1, which has little patience, has given up.
+
+    Returns:
+        Whom rank 1 misses.
+    """
+    rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    ranks = Ranks(timeout_s=1.5 if rank == 1 else 60)
+    if rank in absent:
+        store.wait(["rank 1 has given up"], timedelta(seconds=60))
+    try:
+        ranks.barrier("meeting")
+    except RankTimeoutError as error:
+        assert rank == 1
+        store.set("rank 1 has given up", "")
+        return error.missing
+    return None
 
 
 def leave_one_out(directory: str) -> str:

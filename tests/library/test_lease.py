@@ -18,7 +18,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt.errors import ConfigError, DirectoryBusyError, StorageError, UsageError, from_wire, to_wire
+from distckpt.errors import ConfigError, DirectoryBusyError, StorageError, UsageError
+from distckpt.failure import from_wire, to_wire
 from distckpt.lease import Lease
 from distckpt.leasefiles import FOLDER, Record, file_name, look, named, parse
 from distckpt.outcome import Outcome

@@ -98,6 +98,18 @@ def test_a_rank_that_does_not_come_is_named_within_the_timeout(ranks: RankPools,
         assert re.match(rf"RankTimeoutError: {where} abandoned: rank 2 did not arrive within 3 s", error)
 
 
+def test_ranks_that_miss_one_while_a_save_is_prepared_do_not_wait_for_it_again(ranks: RankPools, tmp_path: Path):
+    first, left, last = ranks(3).run(jobs.prepare_without_one_rank, str(tmp_path))
+    assert left == "KeyboardInterrupt: "
+    for error in (first, last):
+        assert error.startswith("RankTimeoutError: save of step 1 abandoned: rank 1 did not arrive within 3 s")
+
+
+@pytest.mark.parametrize("absent", [[0], [2], [2, 3]])
+def test_a_rank_whose_patience_ends_first_names_just_those_who_have_not_come(ranks: RankPools, absent: list[int]):
+    assert ranks(4).run(jobs.wait_with_little_patience, absent)[1] == absent
+
+
 @pytest.mark.parametrize("synchronised", [True, False])
 @pytest.mark.parametrize("signalled", [[0], [1], [0, 1]])
 def test_a_signal_on_any_rank_stops_all_at_one_saved_step(
