@@ -202,7 +202,7 @@ class Preempted(Event):
     """The job was asked to stop, and all ranks agreed to do so after `step`.
 
     Attributes:
-        signal: The signal that asked, on whatever rank, such as "SIGTERM"; None if it was no signal.
+        signal: The signal that asked first, on whatever rank, such as "SIGTERM"; None if it was no signal.
         left_s: How much time was left then, on the rank that had least; None if nobody knows.
         choice: What was decided, and on what grounds, in words.
     """
