@@ -228,13 +228,14 @@ class Pruner:
                 self._tell(Pruned(step=request.newest, steps=tuple(deleted), num_bytes=num_bytes))
 
     def _sweep(self, storage: Storage) -> None:
-        """Delete what dead saves have left, but for the youngest one: its manifest may still be on its way."""
+        """Delete what dead saves have left, but for the youngest one where its manifest may still be on its way."""
         folders = catalog.scan(storage)
         dead = [folder for folder in folders if not (folder.committed or folder.damaged or folder.pinned)]
         times = [(file.modified, folder.step, _attempt_of(file)) for folder in dead for file in folder.files]
         _, *youngest = max(times, default=(0.0, -1, ""))
+        spared = youngest if storage.capabilities.late_requests else None
         for folder in dead:
-            left = [file.name for file in folder.files if [folder.step, _attempt_of(file)] != youngest]
+            left = [file.name for file in folder.files if [folder.step, _attempt_of(file)] != spared]
             if left:
                 self._away_from_saves(folder, partial(storage.delete, left))
         for folder in folders:

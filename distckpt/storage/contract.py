@@ -45,6 +45,8 @@ class Capabilities:
         rereads_are_cheap: Bytes that this host has just read come from its memory when they are read again.
         read_bytes: A good size of one `read`, in bytes.
         num_readers: How many `read`s are best under way at once.
+        late_requests: What a process that is gone has asked for may happen still. Where it is false, a file that was
+            deleted before it was published never is.
     """
 
     exclusive_publish: bool
@@ -53,6 +55,7 @@ class Capabilities:
     rereads_are_cheap: bool = False
     read_bytes: int = 4 << 20
     num_readers: int = 4
+    late_requests: bool = True
 
 
 class Readable(Protocol):

@@ -72,6 +72,7 @@ class LocalStorage:
             rereads_are_cheap=True,
             read_bytes=8 << 20,
             num_readers=_NUM_READERS,
+            late_requests=False,  # a manifest is linked from a file beside it, and that is deleted, too
         )
 
     def room(self) -> Room | None:

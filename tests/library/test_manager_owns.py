@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import distckpt
 from distckpt.errors import DirectoryBusyError
 from distckpt.leasefiles import standing
-from distckpt.storage import CountingStorage, open_storage
+from distckpt.storage import Capabilities, CountingStorage, open_storage
 
 ROOT = Path(__file__).parents[2]
 OTHER = """
@@ -82,7 +83,18 @@ def test_a_save_asks_nothing_of_the_lease_that_was_renewed_in_time(tmp_path: Pat
     assert asked == [2, 0], "more than the two manifests"
 
 
-def test_what_killed_saves_have_left_is_deleted_at_the_start_but_for_the_youngest(tmp_path: Path) -> None:
+class LateStorage(CountingStorage):
+    """A storage where a manifest of a killed save may still be on its way."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, late_requests=True)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_killed_saves_have_left_is_deleted_at_the_start_but_for_one_that_may_still_come(
+    tmp_path: Path, late: bool
+) -> None:
     with distckpt.CheckpointManager(tmp_path, every=1) as ckpt:
         list(ckpt.steps(state(), until=2))
     for number, (step, attempt) in enumerate([(2, "a" * 16), (3, "b" * 16), (3, "c" * 16), (4, "d" * 16)]):
@@ -91,11 +103,13 @@ def test_what_killed_saves_have_left_is_deleted_at_the_start_but_for_the_younges
         left.write_bytes(b"left")
         os.utime(left, (1000.0, 1000.0 + (number if step != 4 else 0)))
     with distckpt.CheckpointManager(tmp_path, every=1) as ckpt:
+        if late:
+            ckpt._saver.storage = LateStorage(ckpt._saver.storage)
         assert ckpt.restore(state()) == 2
         ckpt.wait()
         left_over = [path.parent.name for path in tmp_path.glob("step-*/*/*.safetensors")]
-        assert {name for name in left_over if len(set(name)) == 1} == {"c" * 16}
-        assert len(left_over) == 3, "the two checkpoints and the youngest that is dead"
+        assert {name for name in left_over if len(set(name)) == 1} == ({"c" * 16} if late else set())
+        assert len(left_over) == 2 + late, "the two checkpoints, and the youngest that is dead"
 
 
 def test_an_error_is_the_outcome(tmp_path: Path) -> None:
