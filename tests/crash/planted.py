@@ -194,7 +194,7 @@ def put_aside_by_a_deletion_of_whatever_is_there(patch: Patch) -> None:
     patch.setattr(S3Client, "withdraw", lambda self, path: self.remove([path]))
 
 
-@planted(("first-save", "disk-kill"), ("later-save", "disk-power"))
+@planted(("first-save", "s3-late"), ("later-save", "bucket-late"), ("clean-up", "disk-kill"))
 def names_of_attempts_are_used_again(patch: Patch) -> None:
     patch.setattr(names, "new_attempt", lambda: "attempt")
 
