@@ -53,7 +53,7 @@ def test_each_checkpoint_is_a_line_with_its_facts(command: Command, run: Path) -
     head, *lines = result.stdout.splitlines()
     assert head.split() == ["step", "state", "created", "size", "ranks", "layout", "metrics"]
     assert [line.split()[:2] for line in lines] == [[step, "committed"] for step in ("10", "20", "30")]
-    assert re.search(r"\d s ago .* kB .* 1 .*sharded .*val/loss 0\.1  val/top1 0\.5", lines[0])
+    assert re.search(r"\d (s|min) ago .* kB .* 1 .*sharded .*val/loss 0\.1  val/top1 0\.5", lines[0])
     assert "3 committed" in result.stderr
 
 
