@@ -28,9 +28,10 @@ NUM_NUMBERS = 64
 JOB = """
 import sys
 import torch
-from distckpt.commit import SaveRequest, commit, prepare
+from distckpt.commit import commit
 from distckpt.errors import CheckpointExistsError
 from distckpt.names import step_name
+from distckpt.preparation import SaveRequest, prepare
 from distckpt.ranks import Ranks
 from distckpt.storage import open_storage
 from distckpt.workspace import Workspace
@@ -45,7 +46,7 @@ def meet():
 for step in map(int, iter(sys.stdin.readline, "")):
     request = SaveRequest(step=step, folder=step_name(step), run=f"job-{job}", layout="sharded")
     state = {"weight": torch.full((num_numbers,), float(job)), "step": step}
-    save = prepare(state, request, ranks=ranks, workspace=workspace)
+    save = prepare(state, request, ranks=ranks, storage=storage, workspace=workspace)
     try:
         commit(save, ranks=ranks, storage=storage, insist=meet)
         print("won", save.attempt, flush=True)
