@@ -26,7 +26,7 @@ SCRIPTS = {
     "collectives": [],
     "gpu_limits": [],
 }
-OWN_TESTS = {"s3", "slow_link", "scale"}  # with servers or arguments of their own, and tests of their own
+OWN_TESTS = {"s3", "slow_link", "scale", "restart", "restarted"}  # others than this, as their arguments or servers are
 # The peers that come with what the tests need anyway.
 PEERS = ["--only", "distckpt", "distckpt, prewarmed", "torch.save", "safetensors", "DCP", "DCP async"]
 PEERS += ["torch.save of a clone, on a thread", "raw copy and direct write"]
