@@ -22,13 +22,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 from distckpt import fileplan, names
 from distckpt.catalog import read_manifest
-from distckpt.commit import Committed, SaveRequest, commit, prepare
+from distckpt.commit import Committed, commit
 from distckpt.datafiles import segment_sizes
 from distckpt.fileplan import FilePlan
 from distckpt.loading import boxes
 from distckpt.manifest import DataFile, Layout, Segment
 from distckpt.matching import Selection, match
 from distckpt.plan import Block, Item, in_file_order, split
+from distckpt.preparation import SaveRequest, prepare
 from distckpt.ranks import Ranks
 from distckpt.shards import RankShare, spans
 from distckpt.state import FlatObject, flatten
@@ -69,8 +70,9 @@ class SimulatedRanks(Ranks):
         if self.rank:
             if isinstance(said, dict):  # its tensors, or its report
                 return {"has_parted": False}
-            self._described = said[1] if len(said) > 1 else self._described
-            return decide([self._described])
+            (_, *described), room = said
+            self._described = described[0] if described else self._described
+            return decide([[self._described, room]])
         texts = list(self.waiting.pop(0))
         self.received += sum(map(len, texts))
         begun = time.process_time()
@@ -147,7 +149,7 @@ def simulate(kind: Kind, num_tensors: int, world_size: int, directory: Path, *, 
             random.random()  # as in a training, the generators have moved on
             ranks.said = []
             begun = time.process_time()
-            save = prepare(state, request, ranks=ranks, workspace=workspace)
+            save = prepare(state, request, ranks=ranks, workspace=workspace, storage=storage)
             plan_s = time.process_time() - begun
             commit(save, ranks=ranks, storage=storage)
             said.append(ranks.said)
@@ -175,7 +177,7 @@ def _play_first(
 ) -> None:
     """Save as rank 0, and add to the facts what was seen."""
     ranks.received, ranks.decide_s = 0, 0.0
-    save = prepare(state, request, ranks=ranks, workspace=workspace)
+    save = prepare(state, request, ranks=ranks, workspace=workspace, storage=storage)
     published = commit(save, ranks=ranks, storage=storage)
     assert isinstance(published, Committed)
     seen.received, seen.decide_s, seen.manifest_bytes = ranks.received, ranks.decide_s, published.num_bytes

@@ -18,6 +18,7 @@ from distckpt.manifest import Manifest, serialize
 from distckpt.storage import LocalStorage, OpenFile
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+TRAIN = Path(__file__).parents[2] / "train.py"
 SIZES = [300_001, 0, 70_000, 5]  # of the ranks' files; one wrote nothing
 
 
@@ -154,8 +155,9 @@ def test_a_file_that_vanishes_meanwhile_ends_the_reading(tmp_path):
 def test_the_command_line_is_read_and_the_reading_begun_before_torch_is_imported(tmp_path):
     checkpoint(tmp_path, 2)
     code = f"""
-import sys
+import runpy, sys
 from distckpt import prefetch, trainer
+runpy.run_path({str(TRAIN)!r}, run_name="imported")
 trainer.show_messages()
 config = trainer.parse_config(["--checkpoint.directory", {str(tmp_path)!r}])
 assert prefetch(config.checkpoint.directory).wait(60) == {sum(SIZES)}
