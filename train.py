@@ -14,8 +14,8 @@ import os
 import sys
 import time
 
+from distckpt import prefetch, trainer
 from distckpt.errors import ConfigError, DistckptError
-from distckpt.trainer import Trainer, parse_config, print_classes, show_messages
 from distckpt.trainer.recall import EXIT_CODE, LINGER_S
 
 IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"
@@ -23,15 +23,18 @@ IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
 def main() -> int:
     """Train as the command line says, and return the exit code."""
-    show_messages()
+    trainer.show_messages()
     try:
-        result = Trainer(parse_config(sys.argv[1:])).fit()
+        config = trainer.parse_config(sys.argv[1:])
+        # While torch is imported, the newest checkpoint comes from the disk.
+        prefetch(config.checkpoint.directory, storage_options=config.checkpoint.storage_options)
+        result = trainer.Trainer(config).fit()
     except ConfigError as error:
         return complain(str(error).replace("\nFix: ", "; "), code=2)
     except DistckptError as error:
         return complain(f"{type(error).__name__}: {error}", code=1)
     if IS_FIRST_RANK and result.complete and result.evaluation is not None:
-        print_classes(result.evaluation, result.classes)
+        trainer.print_classes(result.evaluation, result.classes)
     if result.recalled:
         time.sleep(LINGER_S)  # a signal for this machine, too, ends the process here
         return EXIT_CODE

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from distckpt import errors, events
     from distckpt.catalog import Checkpoint
     from distckpt.manager import CheckpointManager
+    from distckpt.readahead import prefetch
     from distckpt.retention import Retention
     from distckpt.single import load, save
     from distckpt.state import PerRank
@@ -30,6 +31,7 @@ _HOMES = {
     "Trainer": "trainer",
     "load": "single",
     "load_weights": "weights",
+    "prefetch": "readahead",
     "save": "single",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "events",
     "load",
     "load_weights",
+    "prefetch",
     "save",
 ]
 

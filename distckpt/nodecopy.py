@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distckpt import names
 from distckpt.datafiles import Range, Reader
 from distckpt.errors import StorageError
 from distckpt.manifest import DataFile
 from distckpt.storage import Capabilities
+from distckpt.values import Json
 
 SHARED_MEMORY = Path("/dev/shm")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -61,6 +63,44 @@ class Part:
     token: str
     number: int
     num_ranks: int
+
+
+def teams(places: Sequence[Json]) -> Json:
+    """Return which ranks share what they read, for `part_of`; of constant size where every node has as many ranks.
+
+    Args:
+        places: What each rank shares only with those of its team; None if it reads for itself.
+    """
+    members: dict[str, list[int]] = {}
+    for rank, where in enumerate(places):
+        if where is not None:
+            members.setdefault(str(where), []).append(rank)
+    rows: list[list[int]] = []  # [first rank, ranks of a team, teams]: teams of neighbours, one behind the other
+    mixed: list[list[int]] = []
+    for ranks in members.values():
+        first, size = ranks[0], len(ranks)
+        if size == 1:
+            continue
+        if ranks[-1] - first != size - 1:
+            mixed.append(ranks)
+        elif rows and rows[-1][1] == size and rows[-1][0] + size * rows[-1][2] == first:
+            rows[-1][2] += 1
+        else:
+            rows.append([first, size, 1])
+    return {"token": names.new_attempt(), "rows": rows, "mixed": mixed} if rows or mixed else None
+
+
+def part_of(found: Json, rank: int) -> Part | None:
+    """Return a rank's part of the work, by what `teams` returned; None if it is in no team."""
+    for first, size, count in found["rows"]:
+        number, place = divmod(rank - first, size)
+        if 0 <= number < count:
+            return Part(token=f"{found['token']}-{first + number * size}", number=place, num_ranks=size)
+    for ranks in found["mixed"]:
+        if rank in ranks:
+            token = f"{found['token']}-{ranks[0]}"
+            return Part(token=token, number=ranks.index(rank), num_ranks=len(ranks))
+    return None
 
 
 class NodeCopy:

@@ -2,16 +2,20 @@
 
 Every rank computes the same plan alone; nothing is exchanged.
 Invariant: the blocks of all writers cover each tensor exactly once, and no writer of shared state has more than its
-equal share plus one row.
+equal share plus one row; of a great many ranks only some write it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from distckpt.safetensors import ALIGNMENT, ITEM_BYTES
+
+# A restore of shared state reads the files of all who wrote it: beyond so many writers, each has to be worth a file.
+MANY_WRITERS = 64
+LEAST_SHARE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,15 +74,17 @@ class Block:
         return f"{self.name}[{','.join(spans)}]"
 
 
-def split(items: Sequence[Item], num_writers: int) -> list[list[Block]]:
+def split(items: Sequence[Item], num_writers: int, *, only: int | None = None) -> list[list[Block]]:
     """Return each writer's blocks: owned items whole to their owners, the rest as even as rows allow.
 
     The items without an owner are laid end to end and cut where each writer's share of all bytes is full; a cut inside
     a tensor is moved to the nearest row.
+    Beyond `MANY_WRITERS`, they go to only as many as get `LEAST_SHARE_BYTES` each, spread evenly over all.
 
     Args:
         items: In an order that is the same on every rank.
         num_writers: At least 1.
+        only: The one writer whose blocks are wanted; the others' lists are empty then.
 
     Ranks: any.
     """
@@ -89,35 +95,50 @@ def split(items: Sequence[Item], num_writers: int) -> list[list[Block]]:
         if item.owner is None:
             free.append(item)
         else:
-            shares[item.owner].append(_rows(item, 0, None))
+            if only is None or item.owner == only:
+                shares[item.owner].append(_rows(item, 0, None))
             used[item.owner] += item.num_bytes
     total = sum(item.num_bytes for item in free)
-    writer, end_of_share, begin = 0, 0.0, 0
-    ends = _ends(total, used)
-    end_of_share = ends[0]
+    seats = _seats(total, num_writers)
+    ends = _ends(total, [used[seat] for seat in seats])
+    for seat, item, begin, end in _cuts(free, ends):
+        if only is None or seats[seat] == only:
+            shares[seats[seat]].append(_rows(item, begin, end))
+    return shares
+
+
+def _seats(total: int, num_writers: int) -> list[int]:
+    """Return which writers take part in writing `total` bytes that any of them may write."""
+    count = min(num_writers, max(MANY_WRITERS, total // LEAST_SHARE_BYTES))
+    return [seat * num_writers // count for seat in range(count)]
+
+
+def _cuts(free: Sequence[Item], ends: Sequence[float]) -> Iterator[tuple[int, Item, int, int | None]]:
+    """Yield who writes which rows of which item, by the ends of each one's share of all bytes; None is the last row."""
+    last = len(ends) - 1
+    writer, end_of_share, begin = 0, ends[0], 0
     for item in free:
         item_bytes = item.num_bytes
-        if writer == num_writers - 1 or begin + item_bytes <= end_of_share:  # nearly all of them
-            shares[writer].append(_rows(item, 0, None))
+        if writer == last or begin + item_bytes <= end_of_share:  # nearly all of them
+            yield writer, item, 0, None
             begin += item_bytes
             continue
         num_rows = item.shape[0] if item.shape else 1
         row_bytes = item_bytes // num_rows if num_rows else 0
         row = 0
-        while writer < num_writers - 1 and begin + item_bytes > end_of_share:
+        while writer < last and begin + item_bytes > end_of_share:
             cut = round((end_of_share - begin) / row_bytes) if row_bytes and item.shape else 0
             if not item.shape and end_of_share - begin > item_bytes / 2:
                 cut = num_rows
             cut = min(max(cut, row), num_rows)
             if cut > row:
-                shares[writer].append(_rows(item, row, cut))
+                yield writer, item, row, cut
             row = cut
             writer += 1
             end_of_share = ends[writer]
         if row < num_rows or not item_bytes:
-            shares[writer].append(_rows(item, row, None))
+            yield writer, item, row, None
         begin += item_bytes
-    return shares
 
 
 def _ends(total: int, used: Sequence[int]) -> list[float]:

@@ -15,14 +15,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from distckpt import catalog, names, verification
+from distckpt import catalog, names, nodecopy, verification
 from distckpt.branches import Home, Origin
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError
 from distckpt.events import Quarantined
 from distckpt.garbage import kept_off
 from distckpt.loading import Loading, RestoreRequest
 from distckpt.manifest import Manifest
-from distckpt.nodecopy import Part
 from distckpt.ranks import Ranks
 from distckpt.storage import Storage
 from distckpt.values import Json
@@ -271,14 +270,14 @@ def _load(
         bad = [(rank, fact["damage"]) for rank, fact in enumerate(facts) if fact["damage"] is not None]
         return {
             "found": _examine(storage, request, folder, *bad[0]) if bad else None,
-            "teams": [] if bad else _teams([fact["told"] for fact in facts]),
+            "teams": None if bad else nodecopy.teams([fact["told"] for fact in facts]),
         }
 
     with contextlib.closing(loading), _noting(loading, changed):
         verdict = ranks.agree(f"restore: checking {shown}", partial(_told, loading.prepare), judge)
-        part = next((Part(**parts[str(ranks.rank)]) for parts in verdict["teams"] if str(ranks.rank) in parts), None)
         work: list[tuple[str, Callable[[], Json]]] = [("reading", loading.read)]
-        if verdict["teams"]:
+        if verdict["teams"] is not None:
+            part = nodecopy.part_of(verdict["teams"], ranks.rank)
             work.insert(0, ("fetching", partial(loading.fetch, part) if part is not None else lambda: None))
         for action, step in work:
             if verdict["found"] is None:
@@ -297,22 +296,6 @@ def _noting(loading: Loading, changed: list[bool]) -> Iterator[None]:
         yield
     finally:
         changed.append(loading.changes_state)
-
-
-def _teams(told: list[Json]) -> list[dict[str, Json]]:
-    """Return, for each set of ranks that share a memory and want the same, each one's part of the reading."""
-    found: dict[str, list[int]] = {}
-    for rank, fact in enumerate(told):
-        if fact is not None and fact[0] is not None:
-            found.setdefault(str(fact), []).append(rank)
-    teams = []
-    for ranks in found.values():
-        if len(ranks) > 1:
-            token = names.new_attempt()
-            teams.append(
-                {str(rank): {"token": token, "number": n, "num_ranks": len(ranks)} for n, rank in enumerate(ranks)}
-            )
-    return teams
 
 
 def _told(work: Callable[[], Json]) -> Json:

@@ -131,7 +131,7 @@ def own_blocks(
         Item(name=name, dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), owner=owners.get(name))
         for name, tensor in sorted(common.items())
     ]
-    blocks = split(items, num_writers)[rank] if rank < num_writers else []
+    blocks = split(items, num_writers, only=rank)[rank] if rank < num_writers else []
     for name in sorted(tensors.keys() - common.keys()):
         blocks.extend(_own_block(name, tensors[name]))
     return in_file_order(blocks)

@@ -16,8 +16,9 @@ import torch
 
 from distckpt import names
 from distckpt.datafiles import segment_sizes
-from distckpt.errors import CheckpointExistsError, DistckptError, RankFailedError
+from distckpt.errors import CheckpointExistsError, DistckptError, RankFailedError, UsageError
 from distckpt.manifest import (
+    MAX_BYTES,
     Chunk,
     DataFile,
     Layout,
@@ -193,7 +194,14 @@ def versions() -> dict[str, str]:
     return {"distckpt": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
 
 
-def publish(storage: Storage, folder: str, manifest: Manifest, *, texts: Mapping[str, str] | None = None) -> int:
+def publish(
+    storage: Storage,
+    folder: str,
+    manifest: Manifest,
+    *,
+    texts: Mapping[str, str] | None = None,
+    limit_bytes: int = MAX_BYTES,
+) -> int:
     """Commit: publish the manifest, and return its size in bytes; from here on the checkpoint exists.
 
     Args:
@@ -201,8 +209,10 @@ def publish(storage: Storage, folder: str, manifest: Manifest, *, texts: Mapping
         folder: The checkpoint's folder in it.
         manifest: The manifest.
         texts: Parts of it as JSON, as far as they are known; see `manifest.serialize`.
+        limit_bytes: The largest manifest that a reader takes.
 
     Raises:
+        UsageError: The manifest is larger than any reader takes; the checkpoint does not exist.
         CheckpointExistsError: Another attempt has committed this step.
         StorageError: It could not be published; the checkpoint does not exist.
 
@@ -210,6 +220,13 @@ def publish(storage: Storage, folder: str, manifest: Manifest, *, texts: Mapping
     """
     name = names.join(folder, names.MANIFEST)
     data = serialize(manifest, texts=texts)
+    if len(data) > limit_bytes:
+        num_chunks = sum(len(entry.chunks) for entry in manifest.tensors.values())
+        raise UsageError(
+            problem=f"the manifest of step {manifest.step} has {len(data):,} bytes, for {num_chunks:,} pieces of "
+            f"tensors; at most {limit_bytes:,} can be read back",
+            fix="shard over fewer ranks and replicate over the rest, as in a 2-D mesh, or fuse small tensors",
+        )
     try:
         storage.publish(name, data)
     except FileExistsError as error:

@@ -1,19 +1,41 @@
-"""The training framework: a configuration in, a resumable run out."""
+"""The training framework: a configuration in, a resumable run out.
+
+The names below are imported when they are first used: a configuration is read, and refused, before torch is imported.
+"""
 
 from __future__ import annotations
 
-from distckpt.trainer.command_line import parse_config
-from distckpt.trainer.config import (
-    CheckpointConfig,
-    DataConfig,
-    LoopConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
-from distckpt.trainer.console import print_classes, show_messages
-from distckpt.trainer.loop import FitResult, Trainer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distckpt.trainer.command_line import parse_config
+    from distckpt.trainer.config import (
+        CheckpointConfig,
+        DataConfig,
+        LoopConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ScheduleConfig,
+        TrainConfig,
+    )
+    from distckpt.trainer.console import print_classes, show_messages
+    from distckpt.trainer.loop import FitResult, Trainer
+
+_HOMES = {
+    "CheckpointConfig": "config",
+    "DataConfig": "config",
+    "FitResult": "loop",
+    "LoopConfig": "config",
+    "ModelConfig": "config",
+    "OptimizerConfig": "config",
+    "ScheduleConfig": "config",
+    "TrainConfig": "config",
+    "Trainer": "loop",
+    "parse_config": "command_line",
+    "print_classes": "console",
+    "show_messages": "console",
+}
 
 __all__ = [
     "CheckpointConfig",
@@ -29,3 +51,14 @@ __all__ = [
     "print_classes",
     "show_messages",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"distckpt.trainer.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

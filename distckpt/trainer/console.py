@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from distckpt.trainer.evaluation import Evaluation
+if TYPE_CHECKING:  # it needs torch, of which messages know nothing
+    from distckpt.trainer.evaluation import Evaluation
 
 
 class _StderrHandler(logging.Handler):

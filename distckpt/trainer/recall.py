@@ -11,9 +11,10 @@ import os
 import signal
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from distckpt.ranks import Ranks
+if TYPE_CHECKING:  # it needs torch, which a start has not imported yet
+    from distckpt.ranks import Ranks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 LINGER_S = 5.0  # how much later than others a machine may be asked; where all are, none is to be started again

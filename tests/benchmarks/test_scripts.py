@@ -26,7 +26,7 @@ SCRIPTS = {
     "collectives": [],
     "gpu_limits": [],
 }
-OBJECT_STORAGE = {"s3", "slow_link"}  # they start servers of their own, and have tests of their own
+OWN_TESTS = {"s3", "slow_link", "scale", "restart", "restarted"}  # others than this, as their arguments or servers are
 # The peers that come with what the tests need anyway.
 PEERS = ["--only", "distckpt", "distckpt, prewarmed", "torch.save", "safetensors", "DCP", "DCP async"]
 PEERS += ["torch.save of a clone, on a thread", "raw copy and direct write"]
@@ -70,9 +70,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_script_is_run_here_and_by_the_command_that_runs_all() -> None:
     files = (ROOT / "benchmarks").glob("*.py")
-    scripts = {file.stem for file in files if '__name__ == "__main__"' in file.read_text()} - OBJECT_STORAGE
+    scripts = {file.stem for file in files if '__name__ == "__main__"' in file.read_text()} - OWN_TESTS
     assert scripts - {"__main__", "gpu", *AFTERWARDS} == set(SCRIPTS)
-    assert set(SCRIPTS) - {"gpu_limits"} == set(BENCHMARKS) - OBJECT_STORAGE
+    assert set(SCRIPTS) - {"gpu_limits"} == set(BENCHMARKS) - OWN_TESTS
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

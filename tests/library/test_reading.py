@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import distckpt
@@ -247,3 +250,33 @@ def test_a_node_brings_each_byte_once_and_leaves_no_file(stored: tuple[CountingS
 def test_no_room_in_shared_memory_is_noticed():
     assert not nodecopy.has_room(1 << 60)
     assert nodecopy.has_room(1)
+
+
+def parts(places: list[Any]) -> list[tuple[str, int, int] | None]:
+    found = json.loads(json.dumps(nodecopy.teams(places)))  # as it comes to the other ranks
+    if found is None:
+        return [None] * len(places)
+    mine = [nodecopy.part_of(found, rank) for rank in range(len(places))]
+    return [None if part is None else (part.token, part.number, part.num_ranks) for part in mine]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([None, "a", "b", "c", "d"]), max_size=24))
+def test_ranks_that_share_a_memory_and_want_the_same_divide_the_work(places):
+    found = parts(places)
+    for rank, (place, part) in enumerate(zip(places, found, strict=True)):
+        team = [other for other in range(len(places)) if places[other] == place]
+        if place is None or len(team) == 1:
+            assert part is None
+            continue
+        assert part is not None
+        assert part[1:] == (team.index(rank), len(team))
+        assert [other for other in range(len(places)) if (found[other] or ("",))[0] == part[0]] == team
+
+
+def test_what_tells_the_ranks_of_equal_nodes_who_shares_is_of_constant_size():
+    sizes = {
+        num_nodes: len(json.dumps(nodecopy.teams([f"node-{rank // 8}" for rank in range(8 * num_nodes)])))
+        for num_nodes in (2, 2048)
+    }
+    assert sizes[2048] <= sizes[2] + 8

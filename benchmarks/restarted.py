@@ -1,0 +1,103 @@
+"""A training process that starts again, as far as its first new step; it says when it had come how far.
+
+    python -m benchmarks.restarted DIRECTORY --how ahead
+
+It is started by `restart`, which tells it in RESTART_BEGUN when, on the clock that all processes share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HOWS = ("build", "plain", "ahead")
+_ACTIONS = {
+    "restore: choosing": "find",
+    "restore: checking": "match",
+    "restore: reading": "read and verify",
+    "restore: loading": "apply",
+}
+
+
+class Marks:
+    """Seconds that each part has taken, from one call of `end` to the next."""
+
+    def __init__(self) -> None:
+        self._last = float(os.environ.get("RESTART_BEGUN", time.monotonic()))
+        self.seconds: dict[str, float] = {}
+
+    def end(self, name: str) -> None:
+        """Count what has passed since the last call as `name`."""
+        now = time.monotonic()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def main() -> int:
+    """Come as far as the first step, or, with `--how build`, as far as a model; print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--how", choices=HOWS, default="plain")
+    options = parser.parse_args()
+    marks = Marks()
+    marks.end("start Python")
+    if options.how == "ahead":
+        from distckpt import prefetch
+
+        prefetch(options.directory)
+    import torch
+    import torchvision
+
+    marks.end("import torch")
+    model = torchvision.models.get_model(options.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    state = {"model": model, "optimizer": optimizer, "epoch": 0}
+    marks.end("build the model")
+    if options.how != "build":
+        _restart(state, options.directory, marks)
+    print(json.dumps({**marks.seconds, "total": sum(marks.seconds.values())}))
+    sys.stdout.flush()
+    os._exit(0)  # what comes after the first step does not count, and is the same for all
+
+
+def _restart(state: dict[str, Any], directory: Path, marks: Marks) -> None:
+    """Restore, and do a step."""
+    import torch
+    import torch.distributed as dist
+
+    from distckpt import CheckpointManager
+    from distckpt.ranks import Ranks
+
+    marks.end("import distckpt")
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    marks.end("rendezvous")
+    agree = Ranks.agree
+
+    def noted(ranks: Ranks, action: str, *args: Any) -> Any:
+        marks.end("other")
+        verdict = agree(ranks, action, *args)
+        marks.end(next((part for begin, part in _ACTIONS.items() if action.startswith(begin)), "other"))
+        return verdict
+
+    Ranks.agree = noted  # type: ignore[method-assign]  # the parts of a restore are what it agrees on
+    manager = CheckpointManager(directory, every=1000)
+    step = manager.restore(state)
+    marks.end("other")
+    if not step:
+        raise SystemExit(f"there is no checkpoint in {directory}")
+    batch = torch.randn(2, 3, 32, 32)
+    marks.end("first batch")
+    torch.autograd.backward(state["model"](batch).square().mean())
+    state["optimizer"].step()
+    marks.end("first step")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

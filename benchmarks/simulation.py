@@ -1,0 +1,298 @@
+"""Ranks of a job far larger than the machine, one after another in one process.
+
+The code of a save is the real one; only the meeting is not: what the other ranks would send is made up from what one of
+them did send, and from the plan, which is a function of the rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from distckpt import fileplan, names
+from distckpt.catalog import read_manifest
+from distckpt.commit import Committed, commit
+from distckpt.datafiles import segment_sizes
+from distckpt.fileplan import FilePlan
+from distckpt.loading import boxes
+from distckpt.manifest import DataFile, Layout, Segment
+from distckpt.matching import Selection, match
+from distckpt.plan import Block, Item, in_file_order, split
+from distckpt.preparation import SaveRequest, prepare
+from distckpt.ranks import Ranks
+from distckpt.shards import RankShare, spans
+from distckpt.state import FlatObject, flatten
+from distckpt.storage import open_storage
+from distckpt.storage.wrappers import CountingStorage
+from distckpt.tensors import DTYPE_NAMES
+from distckpt.values import Json
+from distckpt.workspace import Workspace
+
+Kind = Literal["full", "replicated", "sharded"]  # rank 0 writes; all write; each tensor is spread over all ranks
+_ITEMS = 1024  # of a tensor; for "sharded" one row for each rank
+_VERBS = ("put", "sync", "publish", "read", "read_all", "list", "delete")
+
+
+class SimulatedRanks(Ranks):
+    """One rank of many; it notes what it says, and meets nobody.
+
+    Attributes:
+        said: What this rank has said.
+        waiting: For rank 0: what the others say, of each meeting to come.
+        received: For rank 0: the bytes of what they said.
+        decide_s: For rank 0: processor time of reading that and deciding.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__(timeout_s=60.0)
+        self.rank, self.world_size = rank, world_size
+        self.said: list[Json] = []
+        self.waiting: list[Iterator[str]] = []
+        self.received = 0
+        self.decide_s = 0.0
+        self._described: Json = None
+
+    def agree(self, action: str, work: Callable[[], Any], decide: Callable[[list[Any]], Any]) -> Any:
+        """Do this rank's work, and return what rank 0 says, or would say."""
+        said = work()
+        self.said.append(said)
+        if self.rank:
+            if isinstance(said, dict):  # its tensors, or its report
+                return {"has_parted": False}
+            (_, *described), room = said
+            self._described = described[0] if described else self._described
+            return decide([[self._described, room]])
+        texts = list(self.waiting.pop(0))
+        self.received += sum(map(len, texts))
+        begun = time.process_time()
+        verdict = decide([said, *map(json.loads, texts)])
+        self.decide_s += time.process_time() - begun
+        return verdict
+
+
+@dataclass(kw_only=True)
+class Facts:
+    """What was seen of one save.
+
+    Attributes:
+        plan_s: Processor time of one rank other than 0 until its share lies staged.
+        sent: The bytes that this rank sent, in all meetings together.
+        received: The bytes that rank 0 received.
+        decide_s: Rank 0's processor time in all meetings.
+        manifest_bytes: The manifest's size; 0 if rank 0's part was left out.
+        requests: What one rank asked of the storage, by verb, and rank 0.
+    """
+
+    plan_s: float
+    sent: int
+    received: int = 0
+    decide_s: float = 0.0
+    manifest_bytes: int = 0
+    requests: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def simulated_state(kind: Kind, num_tensors: int, rank: int, world_size: int) -> Iterator[Mapping[str, Any]]:
+    """Give a rank's state; of a sharded one a rank holds one row of each tensor."""
+    keys = [f"layer{i // 10}.tensor{i}" for i in range(num_tensors)]
+    if kind != "sharded":
+        yield {"model": {name: torch.zeros(_ITEMS) for name in keys}}
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        # Torch caches what it finds out of a mesh, this rank's place in it, too, for every mesh that equals it.
+        mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=(f"of_rank_{rank}",))
+        whole = torch.Size([world_size])
+        rows = torch.zeros(num_tensors, 1)  # [tensor, this rank's item]; none is another's, or it would be stored once
+        yield {
+            "model": {
+                name: DTensor.from_local(row, mesh, [Shard(0)], run_check=False, shape=whole, stride=(1,))
+                for name, row in zip(keys, rows, strict=True)
+            }
+        }
+    finally:
+        dist.destroy_process_group()
+
+
+def simulate(kind: Kind, num_tensors: int, world_size: int, directory: Path, *, with_first: bool = True) -> list[Facts]:
+    """Save twice, as one rank in the middle and as rank 0, and return what was seen of the first and the second save.
+
+    Args:
+        kind: Who holds and writes what.
+        num_tensors: Tensors of the state, without the random-number generators.
+        world_size: The simulated ranks.
+        directory: An empty folder.
+        with_first: Whether to play rank 0, too.
+    """
+    layout: Layout = "full" if kind == "full" else "sharded"
+    requests = [SaveRequest(step=step, folder=f"step-{step:012d}", run="simulated", layout=layout) for step in (1, 2)]
+    rank = world_size // 2
+    facts: list[Facts] = []
+    said: list[list[Json]] = []
+    with simulated_state(kind, num_tensors, rank, world_size) as state:
+        ranks, workspace = SimulatedRanks(rank, world_size), Workspace()
+        for request in requests:
+            storage = CountingStorage(open_storage(directory / f"rank-{rank}"))
+            random.random()  # as in a training, the generators have moved on
+            ranks.said = []
+            begun = time.process_time()
+            save = prepare(state, request, ranks=ranks, workspace=workspace, storage=storage)
+            plan_s = time.process_time() - begun
+            commit(save, ranks=ranks, storage=storage)
+            said.append(ranks.said)
+            sent = sum(len(_text(message)) for message in ranks.said)
+            facts.append(Facts(plan_s=plan_s, sent=sent, requests={"one rank": _counted(storage)}))
+    if with_first:
+        with simulated_state(kind, num_tensors, 0, world_size) as state:
+            crowd = Crowd(kind, state, world_size, example=rank)
+            ranks, workspace = SimulatedRanks(0, world_size), Workspace()
+            for request, messages, seen in zip(requests, said, facts, strict=True):
+                ranks.waiting = [crowd.saying(message, is_first=seen is facts[0]) for message in messages]
+                storage = CountingStorage(open_storage(directory / "rank-0"))
+                _play_first(state, request, ranks, workspace, storage=storage, seen=seen)
+    return facts
+
+
+def _play_first(
+    state: Mapping[str, Any],
+    request: SaveRequest,
+    ranks: SimulatedRanks,
+    workspace: Workspace,
+    *,
+    storage: CountingStorage,
+    seen: Facts,
+) -> None:
+    """Save as rank 0, and add to the facts what was seen."""
+    ranks.received, ranks.decide_s = 0, 0.0
+    save = prepare(state, request, ranks=ranks, workspace=workspace, storage=storage)
+    published = commit(save, ranks=ranks, storage=storage)
+    assert isinstance(published, Committed)
+    seen.received, seen.decide_s, seen.manifest_bytes = ranks.received, ranks.decide_s, published.num_bytes
+    seen.requests["rank 0"] = _counted(storage)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What one rank needs of storage for a restore, and what it costs to find out.
+
+    Attributes:
+        parse_s: Processor time of reading and checking the manifest.
+        plan_s: Of finding which bytes of which files hold the rank's tensors.
+        files: How many data files these are.
+        num_bytes: How many bytes.
+    """
+
+    parse_s: float
+    plan_s: float
+    files: int
+    num_bytes: int
+
+
+def restored(kind: Kind, num_tensors: int, world_size: int, directory: Path) -> Reading:
+    """Return what a rank in the middle needs of the checkpoint that `simulate` has left as rank 0."""
+    storage = open_storage(directory / "rank-0")
+    rank = world_size // 2
+    begun = time.process_time()
+    manifest = read_manifest(storage, f"step-{2:012d}")
+    parse_s = time.process_time() - begun
+    with simulated_state(kind, num_tensors, rank, world_size) as state:
+        begun = time.process_time()
+        matched = match(state, manifest, rank=rank, selection=Selection(), rng=True)
+        found = spans(manifest, boxes(matched))
+        plan_s = time.process_time() - begun
+    if matched.problems:
+        raise AssertionError(f"the checkpoint does not fit: {matched.problems[0]}")
+    num_bytes = sum(end - begin for each in found.values() for begin, end in each)
+    return Reading(parse_s=parse_s, plan_s=plan_s, files=len(found), num_bytes=num_bytes)
+
+
+class Crowd:
+    """All ranks but the first: what they would send, from what one of them has sent.
+
+    Args:
+        kind: Who holds and writes what.
+        state: Rank 0's state.
+        world_size: The number of ranks.
+        example: The rank that has sent something.
+    """
+
+    def __init__(self, kind: Kind, state: Mapping[str, Any], world_size: int, *, example: int) -> None:
+        self.world_size = world_size
+        self._example = example
+        self._kind = kind
+        self._objects = flatten(state, rng=True)
+        shared = [o for o in self._objects if not o.per_rank]
+        self._entries = sorted((entry for o in shared for entry in o.entries), key=lambda entry: entry.name)
+        self._shares: list[list[Block]] = [[] for _ in range(world_size)]
+        if kind == "replicated":
+            items = [Item(name=e.name, dtype=e.dtype, shape=e.shape) for e in self._entries]
+            self._shares = split(items, world_size)
+
+    def saying(self, message: Json, *, is_first: bool) -> Iterator[str]:
+        """Yield what each rank but the first says where the example says `message`."""
+        if isinstance(message, dict) and "timings" in message:
+            for rank in range(1, self.world_size):
+                yield _text(self._report(rank, message, is_first=is_first))
+            return
+        text = _text(message)
+        for rank in range(1, self.world_size):
+            yield text.replace(names.of_rank(self._example, ""), names.of_rank(rank, ""))
+
+    def _report(self, rank: int, message: Json, *, is_first: bool) -> Json:
+        plan = FilePlan.of(self._blocks(rank))
+        fact = {**message, "share": None, "blocks": [plan.fingerprint[:16]]}
+        if plan.blocks:
+            sizes = segment_sizes(len(plan.header), plan.num_bytes)
+            segments = tuple(Segment(num_bytes=size, digest="0" * 32) for size in sizes)
+            file = DataFile(name="-", rank=rank, num_bytes=plan.num_bytes, segments=segments)
+            fact["share"] = RankShare(file=file, blocks=plan.blocks, offsets=plan.offsets).to_json()
+        if is_first:
+            fact["blocks"].append(fileplan.to_json(plan.blocks, plan.offsets))
+        own = {o.key: o.for_rank(rank) for o in self._objects if o.per_rank}
+        fact["trees"] = {
+            key: [names.of_rank(rank, key), *([own[key].tree] if values else [])]
+            for key, (_, *values) in message["trees"].items()
+        }
+        return fact
+
+    def _blocks(self, rank: int) -> list[Block]:
+        """Return what a rank writes."""
+        if self._kind == "full":
+            return []
+        blocks = list(self._shares[rank])
+        if self._kind == "sharded":
+            blocks += [_box(e.name, e.dtype, e.shape, (rank, *(0 for _ in e.shape[1:]))) for e in self._entries]
+        blocks += [block for o in self._objects if o.per_rank for block in _own(o.for_rank(rank))]
+        return in_file_order(blocks)
+
+
+def _own(flat: FlatObject) -> Iterator[Block]:
+    for name, tensor in zip(flat.structure.names, flat.tensors, strict=True):
+        shape = tuple(tensor.shape)
+        yield Block(name=name, dtype=DTYPE_NAMES[tensor.dtype], whole=shape, start=(0,) * len(shape), shape=shape)
+
+
+def _box(name: str, dtype: str, whole: tuple[int, ...], start: tuple[int, ...]) -> Block:
+    return Block(name=name, dtype=dtype, whole=whole, start=start, shape=(1, *whole[1:]))
+
+
+def _text(message: Json) -> str:
+    return json.dumps(message, separators=(",", ":"))
+
+
+def _counted(storage: CountingStorage) -> dict[str, int]:
+    counts = {verb: storage.counted(verb).num_calls for verb in _VERBS}
+    return {verb: count for verb, count in counts.items() if count}
