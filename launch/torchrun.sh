@@ -12,6 +12,7 @@
 #   JOB             a name that all machines of one job share (default: distckpt)
 #   MAX_RESTARTS    restarts after a rank has failed or a machine was lost, each from the newest checkpoint (default 3)
 #   LOST_S          seconds without a sign of life after which a machine counts as lost (default 15)
+#   WAIT_S          seconds that machines wait until there are enough of them (default 600)
 #   JOIN_S          seconds that machines wait for more to join, once there are enough of them (default 30)
 #   STOP_S          seconds that the ranks get to save the current step and end after SIGTERM, SIGINT or SIGUSR1
 #                   (default 120; a torch that does not know TORCH_ELASTIC_SHUTDOWN_TIMEOUT gives 30)
@@ -29,8 +30,9 @@ if [[ $nnodes == 1 ]]; then
     meeting=(--standalone --local-addr=127.0.0.1)
 else
     : "${HEAD:?NNODES=$nnodes needs HEAD=name:port of one of the machines, the same on all}"
+    alive="keep_alive_interval=$((${LOST_S:-15} / 3)),keep_alive_max_attempt=3"
     meeting=(--nnodes="$nnodes" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${JOB:-distckpt}"
-        --rdzv-conf="last_call_timeout=${JOIN_S:-30},keep_alive_interval=$((${LOST_S:-15} / 3)),keep_alive_max_attempt=3")
+        --rdzv-conf="join_timeout=${WAIT_S:-600},last_call_timeout=${JOIN_S:-30},$alive")
     # Else torchrun keeps one store for all starts of the ranks, on the first machine that led them: what dead ranks
     # said in it is taken for the living ones' words, it is lost with that machine, and none that joins later finds it.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

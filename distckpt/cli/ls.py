@@ -41,7 +41,7 @@ from distckpt.errors import CheckpointNotFoundError
 from distckpt.inventory import Found
 from distckpt.leasefiles import standing
 from distckpt.retention import Retention
-from distckpt.storage import Storage, UnfinishedUpload
+from distckpt.storage import Storage
 
 _STYLES = {"committed": "green", "partial": "yellow", "damaged": "bold red", "newer format": "red"}
 
@@ -64,8 +64,8 @@ def ls(
 ) -> None:
     """List the checkpoints of a run: one line each, also for partial and damaged ones."""
     storage = open_url(url, storage_options)
-    unfinished = uploads.look(storage)
-    found = _found(storage, unfinished, branches=tree)
+    unfinished, outcome = uploads.look(storage), _outcome(storage)
+    found = _found(storage, has_begun=outcome is not None or bool(unfinished), branches=tree)
     found.sort(key=lambda one: -1 if one.step is None else one.step)
     retention = None if keep is None else Retention(last=keep)
     plan = [None for _ in found] if retention is None else _plan(found, retention)
@@ -73,27 +73,28 @@ def ls(
         listed = [_facts(storage.url, one, item) for one, item in zip(found, plan, strict=True)]
         facts = {
             "url": storage.url,
-            "outcome": _outcome(storage),
+            "outcome": outcome,
             "branches": _branches(storage.url, found),
             "uploads": None if unfinished is None else [uploads.facts(storage.url, each) for each in unfinished],
             "checkpoints": listed,
         }
         terminal.print_json(facts)
         return
-    _print_table(found, plan, tree=tree)
+    if found:
+        _print_table(found, plan, tree=tree)
     _print_summary(url, found)
     _print_branches(url, _branches(storage.url, found), tree=tree)
     if unfinished:
         terminal.say(uploads.summary(url, unfinished, now=time.time()))
-    _print_outcome(_outcome(storage))
+    _print_outcome(outcome)
 
 
-def _found(storage: Storage, unfinished: list[UnfinishedUpload] | None, *, branches: bool) -> list[Found]:
-    """Return what lies there; nothing is an error unless uploads are on their way, or were."""
+def _found(storage: Storage, *, has_begun: bool, branches: bool) -> list[Found]:
+    """Return what lies there; nothing is an error unless a job has been there, or uploads are on their way, or were."""
     try:
         return inventory.take(storage, brief=True, branches=branches)
     except CheckpointNotFoundError:
-        if not unfinished:
+        if not has_begun:
             raise
         return []
 

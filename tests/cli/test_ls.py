@@ -322,6 +322,20 @@ def test_how_the_latest_job_ended_is_told(command: Command, run: Path) -> None:
     assert re.search(r"the latest job \(process \d+ on .*\) ended .* at step 30: complete", command("ls", run).stderr)
 
 
+def test_a_run_that_has_no_checkpoint_yet_tells_how_its_job_stands(command: Command, run: Path) -> None:
+    for folder in run.glob("step-*"):
+        shutil.rmtree(folder)
+    listed = command("ls", run, "--json")
+    assert listed.exit_code == 0
+    answer = json.loads(listed.stdout)
+    assert (answer["checkpoints"], answer["outcome"]["state"]) == ([], "complete")
+    shown = command("ls", run)
+    assert (shown.exit_code, shown.stdout) == (0, "")
+    assert "no checkpoint; 0 B in all" in shown.stderr
+    shutil.rmtree(run / "lease")
+    assert command("ls", run).exit_code == 3
+
+
 def test_of_a_directory_where_no_job_has_saved_no_outcome_is_told(command: Command, run: Path) -> None:
     shutil.rmtree(run / "lease")
     assert json.loads(command("ls", run, "--json").stdout)["outcome"] is None
