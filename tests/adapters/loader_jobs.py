@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
@@ -21,6 +23,7 @@ def epochs(loader: StatefulDataLoader, sampler: DistributedSampler, place: dict[
 
 def see(directory: str, *, until: int, workers: int) -> list[int]:
     """Go through the samples from where the last call ended, and return those of this one."""
+    warnings.simplefilter("ignore")  # torchdata's use of what torch has deprecated
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     dataset = torch.arange(SAMPLES)
     sampler = DistributedSampler(dataset, num_replicas=world, rank=rank)  # type: ignore[arg-type]
