@@ -19,6 +19,7 @@ from distckpt.errors import DependencyError
 MODULES = (
     "distckpt",
     "distckpt.errors",
+    "distckpt.events",
     "distckpt.shards",
     "distckpt.storage.contract",
     "distckpt.trainer",

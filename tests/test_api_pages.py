@@ -35,8 +35,9 @@ def names_on(page: Path) -> set[str]:
 
 
 def test_every_public_name_has_an_entry(pages: Path):
-    assert set(distckpt.__all__) - {"errors"} <= names_on(pages / "distckpt.html")
+    assert set(distckpt.__all__) - {"errors", "events"} <= names_on(pages / "distckpt.html")
     assert set(distckpt.errors.__all__) <= names_on(pages / "distckpt/errors.html")
+    assert set(distckpt.events.__all__) <= names_on(pages / "distckpt/events.html")
     assert {"TrainConfig", "CheckpointConfig"} & names_on(pages / "distckpt/trainer/config.html")
     assert "Storage" in names_on(pages / "distckpt/storage/contract.html")
     assert "DistckptCallback" in names_on(pages / "distckpt/adapters/lightning.html")
