@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= 1
 ITSELF = $(if $(filter .venv $(CURDIR)/.venv,$(VENV)),--editable .)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format bench bench-gpu environment clean
+.PHONY: help train test check format docs bench bench-gpu environment clean
 .NOTPARALLEL:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo 'make test ARGS=...   the same with arguments for pytest: ARGS="-k retention -x"'
 	@echo 'make check           the checks alone: style, types, floors'
 	@echo 'make format          put the code into the house style'
+	@echo 'make docs            API pages from the docstrings, in build/api/'
 	@echo 'make bench           every benchmark, beside the peers that install; ARGS="--size full" for larger states'
 	@echo 'make bench-gpu       what is worth measuring on one NVIDIA GPU, in under ten minutes'
 	@echo 'make environment     only make the environment and install'
@@ -58,6 +59,9 @@ check: environment
 format: environment
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: environment
+	$(BIN)/python docs/api.py build/api
 
 # A peer that does not install is reported by the benchmarks as missing; its error stands here.
 bench: environment

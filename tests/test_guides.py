@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-GUIDES = sorted(page.name for page in DOCS.glob("from-*.md"))
+GUIDES = sorted(page.name for page in [*DOCS.glob("from-*.md"), DOCS / "adapters.md"])
 TIMEOUT_S = 200
 
 _BLOCK = re.compile(r"(?:^<!-- needs (\w+) -->\n\n)?^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -72,7 +72,8 @@ def test_a_guide_runs_as_it_stands(page: str, tmp_path: Path):
     assert len(chosen) >= 2
     ran = run(chosen, page, tmp_path)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert (tmp_path / "runs/new/step-000000000100/manifest.json").is_file()
+    made = "runs/fsdp/step-000000000001" if page == "adapters.md" else "runs/new/step-000000000100"
+    assert (tmp_path / made / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("page", [page for page in GUIDES if any(block.needs for block in blocks(page))])
@@ -82,7 +83,8 @@ def test_a_guide_runs_with_what_it_leaves_too(page: str, tmp_path: Path):
         pytest.skip(f"needs {', '.join(sorted(missing))}")
     ran = run(blocks(page), page, tmp_path)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert (tmp_path / "runs/moved/step-000000000150/manifest.json").is_file()
+    made = "runs/new/step-000000000100" if page == "adapters.md" else "runs/moved/step-000000000150"
+    assert (tmp_path / made / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("page", sorted(page.name for page in DOCS.glob("*.md")))
