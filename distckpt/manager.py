@@ -131,7 +131,6 @@ class CheckpointManager:
         check_choice(owner, Mode, check_replicas=check_replicas, check_finite=check_finite)
         self.preempted = False
         self._home = Home(directory, at=at, branch=branch, storage_options=storage_options)
-        self._storage = self._home.storage
         interval = Every.of(every)
         self._owns = interval != Every() or self._home.is_named  # who saves by itself is no reader
         self._timeout_s = timeout_s
@@ -141,7 +140,7 @@ class CheckpointManager:
         self._tenure = Tenure(timeout_s=timeout_s)
         self._bulletin = Bulletin(callbacks)
         self._saver = Saver(
-            self._storage,
+            self._home.storage,
             retention=Retention.of(keep),
             pace=self._pace,
             layout=layout,
@@ -186,7 +185,7 @@ class CheckpointManager:
     @property
     def directory(self) -> str:
         """The run's directory, as a path or URL."""
-        return self._storage.url
+        return self._home.storage.url
 
     @property
     def num_skipped(self) -> int:
@@ -236,7 +235,7 @@ class CheckpointManager:
 
         Ranks: any; reads the storage.
         """
-        return catalog.committed(self._storage, catalog.scan(self._storage))
+        return catalog.committed(self._home.storage, catalog.scan(self._home.storage))
 
     @property
     def latest(self) -> Checkpoint | None:

@@ -104,7 +104,7 @@ class StoredManager(CheckpointManager):
 
     def __init__(self, storage: Storage, crew: Crew, rank: int, job: Job, machine: Machine) -> None:
         super().__init__("unused", keep=job.keep, layout=job.layout, background=job.background, rng=False, signals=())
-        self._storage = self._home.storage = self._saver.storage = storage
+        self._home.storage = self._saver.storage = storage
         self._tenure._new_lease = partial(Lease, background=False, machine=machine)
         self._saver._pruner = PromptPruner(crew.log, Retention.of(job.keep), insist=self._tenure.insist)
         self._saver._writing = PromptWriting(crew.log)

@@ -116,7 +116,7 @@ def live(rank: int, pen: Pen, trial: Trial) -> None:
     manager = CheckpointManager(
         trial.directory, layout=trial.layout, background=trial.background, timeout_s=60, rng=False, signals=()
     )
-    manager._storage = manager._saver.storage = storage = FillingStorage(manager._storage, trial)  # type: ignore[assignment]
+    manager._home.storage = manager._saver.storage = storage = FillingStorage(manager._home.storage, trial)  # type: ignore[assignment]
     with manager as ckpt:
         ckpt.save(1, content(1))
         ckpt.wait()

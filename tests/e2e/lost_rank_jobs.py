@@ -184,7 +184,7 @@ def managed(trial: Trial, fate: Fate) -> CheckpointManager:
         rng=False,
         signals=(),
     )
-    ckpt._storage = ckpt._saver.storage = FatefulStorage(ckpt._storage, fate)  # type: ignore[assignment]
+    ckpt._home.storage = ckpt._saver.storage = FatefulStorage(ckpt._home.storage, fate)  # type: ignore[assignment]
     return ckpt
 
 

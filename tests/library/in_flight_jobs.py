@@ -89,7 +89,7 @@ class GatedStorage:
 
 def gated(ckpt: CheckpointManager) -> GatedStorage:
     """Put gates round a manager's storage; they are open."""
-    ckpt._storage = ckpt._saver.storage = storage = GatedStorage(ckpt._storage)
+    ckpt._home.storage = ckpt._saver.storage = storage = GatedStorage(ckpt._home.storage)
     return storage
 
 

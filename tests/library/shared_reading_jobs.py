@@ -28,7 +28,7 @@ def restore(url: str, options: dict[str, Any], only: list[str], again: bool) -> 
     with CheckpointManager(url, storage_options=options, signals=()) as ckpt:
         if again:
             ckpt.restore(dict(state))
-        ckpt._storage = storage
+        ckpt._home.storage = storage
         ckpt.restore(state, only=only)
     expected = build()
     good = torch.equal(state["large"], expected["large"])

@@ -75,13 +75,13 @@ def test_pruning_that_fails_is_a_warning(tmp_path: Path, error: Exception, caplo
             raise error
 
     with CheckpointManager(tmp_path, keep=1) as ckpt, caplog.at_level(logging.WARNING, logger="distckpt"):
-        ckpt._saver.storage = Undeletable(ckpt._storage)
+        ckpt._saver.storage = Undeletable(ckpt._home.storage)
         for step in (1, 2, 3):
             ckpt.save(step, {"x": step})
         ckpt.wait()
         assert f"could not prune {ckpt.directory}" in caplog.text
         assert "made by a test" in caplog.text
-        ckpt._saver.storage = ckpt._storage
+        ckpt._saver.storage = ckpt._home.storage
         ckpt.save(4, {"x": 4})
     assert steps_in(tmp_path) == [4]
 

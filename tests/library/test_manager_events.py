@@ -139,12 +139,12 @@ def test_a_save_that_fails_is_told_of_once(tmp_path: Path, background: bool):
     with CheckpointManager(tmp_path, callbacks=[told.append], background=background) as ckpt:
         ckpt.save(1, {"x": 1})
         ckpt.wait()
-        whole = ckpt._storage
-        ckpt._storage = ckpt._saver.storage = FailingStorage(whole, fail_at=0)
+        whole = ckpt._home.storage
+        ckpt._home.storage = ckpt._saver.storage = FailingStorage(whole, fail_at=0)
         with pytest.raises(OSError, match="made by a test"):  # noqa: PT012  which of them raises depends on the setting
             ckpt.save(2, {"x": 2})
             ckpt.wait()
-        ckpt._storage = ckpt._saver.storage = whole
+        ckpt._home.storage = ckpt._saver.storage = whole
         ckpt.save(3, {"x": 3})
     [failed] = of_kind(told, SaveFailed)
     assert (failed.step, failed.error) == (2, "OSError")
@@ -312,8 +312,8 @@ def test_progress_says_how_far_the_save_in_flight_is(tmp_path: Path):
         done = ckpt.progress
         assert (done.saved_step, done.saving_step) == (1, None)
         assert done.saved_ago_s is not None
-        storage = HaltingStorage(ckpt._storage)
-        ckpt._storage = ckpt._saver.storage = storage
+        storage = HaltingStorage(ckpt._home.storage)
+        ckpt._home.storage = ckpt._saver.storage = storage
         storage.writing.clear()
         ckpt.save(2, state)
         assert storage.reached.wait(60)
@@ -335,7 +335,7 @@ def test_a_failed_save_is_no_longer_in_flight(tmp_path: Path):
     with CheckpointManager(tmp_path) as ckpt:
         ckpt.save(1, {"x": torch.ones(9)})
         ckpt.wait()
-        ckpt._storage = ckpt._saver.storage = FailingStorage(ckpt._storage, fail_at=0)
+        ckpt._home.storage = ckpt._saver.storage = FailingStorage(ckpt._home.storage, fail_at=0)
         ckpt.save(2, {"x": torch.ones(9)})
         with pytest.raises(OSError, match="made by a test"):
             ckpt.wait()

@@ -71,7 +71,7 @@ def test_where_no_lease_can_be_written_a_job_goes_on_with_a_warning(
 
 def test_a_save_asks_nothing_of_the_lease_that_was_renewed_in_time(tmp_path: Path) -> None:
     with distckpt.CheckpointManager(tmp_path, every=1) as ckpt:
-        ckpt._storage = ckpt._saver.storage = storage = CountingStorage(ckpt._storage)
+        ckpt._home.storage = ckpt._saver.storage = storage = CountingStorage(ckpt._home.storage)
         ckpt.restore(state())
         verbs = ("publish", "read_all")
         before = [storage.counted(verb).num_calls for verb in verbs]

@@ -160,15 +160,15 @@ def test_ranks_are_told_in_ranges(ranks: list[int], text: str) -> None:
 def test_a_save_that_does_not_fit_is_not_begun_and_the_next_one_works(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path / "run", background=False, rng=False) as ckpt:
         ckpt.save(1, state())
-        inner = ckpt._storage
-        ckpt._storage = ckpt._saver.storage = SmallStorage(inner, STATE_BYTES - 1)  # type: ignore[assignment,arg-type]
+        inner = ckpt._home.storage
+        ckpt._home.storage = ckpt._saver.storage = SmallStorage(inner, STATE_BYTES - 1)  # type: ignore[assignment,arg-type]
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(
             StorageFullError, match=f"would write {STATE_BYTES} bytes there, {STATE_BYTES - 1} are free"
         ):
             ckpt.save(2, state())
         assert sorted(tmp_path.rglob("*")) == before
-        ckpt._storage = ckpt._saver.storage = SmallStorage(inner, STATE_BYTES)  # type: ignore[assignment,arg-type]
+        ckpt._home.storage = ckpt._saver.storage = SmallStorage(inner, STATE_BYTES)  # type: ignore[assignment,arg-type]
         ckpt.save(3, state())
         assert [one.step for one in ckpt.checkpoints] == [1, 3]
 
@@ -176,7 +176,7 @@ def test_a_save_that_does_not_fit_is_not_begun_and_the_next_one_works(tmp_path: 
 def test_room_that_is_just_being_made_is_waited_for(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path / "run", keep=Retention(last=1), background=False, rng=False) as ckpt:
         ckpt.save(1, state())
-        storage = SmallStorage(ckpt._storage, 0, STATE_BYTES)  # type: ignore[arg-type]
-        ckpt._storage = ckpt._saver.storage = storage  # type: ignore[assignment]
+        storage = SmallStorage(ckpt._home.storage, 0, STATE_BYTES)  # type: ignore[arg-type]
+        ckpt._home.storage = ckpt._saver.storage = storage  # type: ignore[assignment]
         ckpt.save(2, state())
         assert storage.answers == [STATE_BYTES]

@@ -30,7 +30,7 @@ def content(root: Path) -> list[Path]:
 
 def test_a_manifest_that_a_quota_refuses_takes_its_data_files_with_it(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, background=False) as ckpt:
-        ckpt._storage = ckpt._saver.storage = storage = Full(tmp_path)
+        ckpt._home.storage = ckpt._saver.storage = storage = Full(tmp_path)
         ckpt.save(1, {"x": 1})
         before = content(tmp_path)
         storage.verb = "publish"
