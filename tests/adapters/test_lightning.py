@@ -36,11 +36,20 @@ def assert_same_end(found: dict[str, Any], expected: dict[str, Any]) -> None:
         pytest.param(L, 5, 17, {"max_epochs": 3}, id="in the middle of an epoch"),
         pytest.param(PL, 5, 17, {"max_steps": 30}, id="by steps, with pytorch_lightning"),
         pytest.param(L, 12, 14, {"max_epochs": 3}, id="between epochs"),
-        pytest.param(L, 12, 26, {"max_steps": 30}, id="between epochs, by steps"),
+        pytest.param(L, 12, 26, {"max_steps": 30}, id="between epochs, by steps", marks=pytest.mark.slow),
         pytest.param(L, 5, 11, {"max_epochs": 2, "val_check_interval": 5}, id="after a validation inside an epoch"),
-        pytest.param(L, 1, 4, {"max_epochs": 3, "accumulate_grad_batches": 5}, id="with accumulated gradients"),
+        pytest.param(
+            L,
+            1,
+            4,
+            {"max_epochs": 3, "accumulate_grad_batches": 5},
+            id="with accumulated gradients",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(L, 5, 8, {"max_epochs": 2, "workers": 2, "validation": False}, id="with workers"),
-        pytest.param(L, 5, 8, {"max_epochs": 2, "precision": "bf16-mixed"}, id="in mixed precision"),
+        pytest.param(
+            L, 5, 8, {"max_epochs": 2, "precision": "bf16-mixed"}, id="in mixed precision", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_crashed_fit_ends_as_an_undisturbed_one(

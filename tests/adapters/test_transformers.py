@@ -37,8 +37,14 @@ def assert_same_end(found: dict[str, Any], expected: dict[str, Any]) -> None:
         pytest.param(5, 17, {}, id="in the middle of an epoch"),
         pytest.param(12, 14, {}, id="between epochs"),
         pytest.param(5, 11, {"eval_strategy": "steps", "eval_steps": 5}, id="after an evaluation inside an epoch"),
-        pytest.param(2, 5, {"gradient_accumulation_steps": 5}, id="with accumulated gradients"),
-        pytest.param(5, 8, {"max_steps": 14, "dataloader_num_workers": 1, "eval_strategy": "no"}, id="with a worker"),
+        pytest.param(2, 5, {"gradient_accumulation_steps": 5}, id="with accumulated gradients", marks=pytest.mark.slow),
+        pytest.param(
+            5,
+            8,
+            {"max_steps": 14, "dataloader_num_workers": 1, "eval_strategy": "no"},
+            id="with a worker",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_crashed_training_ends_as_an_undisturbed_one(
