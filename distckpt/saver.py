@@ -213,7 +213,8 @@ class Saver:
         if step == self._saved_step:
             return
         self.own(ranks)
-        if self.sweep():  # it may have to clear just this folder, in which the save begins now
+        if self.sweep() or self._begun_step is None:
+            # What dead saves have left goes before the first save adds to it; it may lie in just this folder.
             self._pruner.wait()
         request = self._request(step, metrics, ranks)
         self._pruner.spare(step)

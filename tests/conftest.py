@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -10,6 +11,9 @@ from rank_pool import RankPools
 from s3_server import s3_bucket, s3_server
 
 __all__ = ["s3_bucket", "s3_server"]
+
+# torch looks up the names of its peers; a name server that does not answer would cost each rank 5 s at a time.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from distckpt.storage import Buffer, Storage
 
 What = Literal["save", "restore", "between"]
 How = Literal["killed", "stopped", "raising"]
+START_TIMEOUT_S = 120.0  # until all ranks are up
 MOST_ROUNDS = 2000
 WIDTH = 20_000
 
@@ -158,7 +159,7 @@ def live(rank: int, pen: Pen, trial: Trial) -> None:
         "own": torch.full((7,), float(rank)),
         "counter": Counter(fate),
     }
-    with managed(trial, fate) as ckpt:
+    with managed(replace(trial, timeout_s=START_TIMEOUT_S), fate) as ckpt:
         ckpt.save(1, state)
         ckpt.wait()
     dist.barrier()

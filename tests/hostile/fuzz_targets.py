@@ -89,12 +89,14 @@ def fuzz_torch(data: bytes) -> None:
 
 
 @functools.cache
-def _dcp_folder() -> Path:
-    return whole_dcp(Path(tempfile.mkdtemp(prefix="distckpt-fuzz-")))
+def _dcp_folder() -> tuple[Path, bytes]:
+    """Return a folder of DCP's, and its metadata as they were before anybody wrote others there."""
+    folder = whole_dcp(Path(tempfile.mkdtemp(prefix="distckpt-fuzz-")))
+    return folder, (folder / ".metadata").read_bytes()
 
 
 def fuzz_dcp(data: bytes) -> None:
-    folder = _dcp_folder()
+    folder, _ = _dcp_folder()
     (folder / ".metadata").write_bytes(data)
     try:
         read_dcp(folder)
@@ -136,7 +138,7 @@ def seeds(target: str) -> list[bytes]:
     calls = [held(call(*arguments)) for arguments in list(CALLS.values())[:8]]
     bombs = [bomb for bomb in BOMBS.values() if len(bomb) < 1000]
     if target == "dcp":
-        whole = (_dcp_folder() / ".metadata").read_bytes()
+        _, whole = _dcp_folder()
         return [whole, *(stacked(*arguments) for arguments in list(CALLS.values())[:8]), *bombs]
     import zipfile
 
