@@ -35,6 +35,8 @@ class Guard:
         empty = self._scratch / "empty"
         empty.mkdir(exist_ok=True)
         here = Path(__file__)
+        # Lightning sets it when it is imported; torch then opens a library of NVIDIA's, which is no file's doing.
+        clean = {name: value for name, value in os.environ.items() if name != "PYTORCH_NVML_BASED_CUDA_CHECK"}
         self._child = subprocess.Popen(
             [sys.executable, str(here.with_name("guarded.py"))],
             stdin=subprocess.PIPE,
@@ -42,7 +44,7 @@ class Guard:
             stderr=self._log,
             cwd=empty,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(here.parents[2]), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+            env={**clean, "PYTHONPATH": str(here.parents[2]), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
         )
         if not self.contents:
             self.contents = self._ask({"prepare": str(self.ground)})

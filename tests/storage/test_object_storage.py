@@ -48,7 +48,7 @@ def test_interrupted_upload_is_aborted_on_the_server(
     assert caught.value is error
     gc.collect()
     assert proxy.count("PUT", "partNumber=") == 3
-    assert proxy.count("DELETE", "uploadId=") == 1
+    assert proxy.count("DELETE", "uploadId=") >= 1  # again, if a part was still on its way
     assert s3_filesystem.list_multipart_uploads(s3_bucket) == []
     assert s3_filesystem.find(s3_bucket) == []
 

@@ -44,7 +44,7 @@ def evaluated(
 
 def break_off(stopped: int, after: int) -> tuple[Evaluation | None, int]:
     """Let one rank be told to stop after so many batches; return its result, and how often this rank asked."""
-    with joined() as process:
+    with joined(timeout_s=60) as process:
         num_asked = 0
 
         def stopping() -> bool:

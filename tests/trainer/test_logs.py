@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 from distckpt.errors import StorageError
 from distckpt.logfolder import LOG_NAME, log_folder
@@ -31,7 +32,11 @@ def board(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("restored", [0, 3, 4, 6])
-def test_a_resumed_log_is_the_log_of_an_undisturbed_run(tmp_path: Path, restored: int) -> None:
+def test_a_resumed_log_is_the_log_of_an_undisturbed_run(
+    tmp_path: Path, restored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # TensorBoard reads files of one second and process in the order of a number's digits: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
     write(tmp_path / "whole", done=0, to=9)
     write(tmp_path / "resumed", done=0, to=6)
     write(tmp_path / "resumed", done=restored, to=9)

@@ -69,7 +69,7 @@ def evaluated(process: Process, *, batch_size: int = 6, size: int = 12) -> Evalu
 
 
 def evaluate_on_ranks() -> Evaluation:
-    with joined() as process:
+    with joined(timeout_s=60) as process:
         return evaluated(process)
 
 
