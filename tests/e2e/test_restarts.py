@@ -11,7 +11,7 @@ SETTINGS = ["--train.epochs=3", "--train.log_every=1", "--checkpoint.every=5", "
 TOTAL = 3 * 23
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_ranks_that_torchrun_starts_again_go_on_from_the_newest_checkpoint(tmp_path: Path, rank: int) -> None:
     run = tmp_path / "run"
     settings = [*SETTINGS, f"--checkpoint.directory={run}"]
