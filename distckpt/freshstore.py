@@ -33,6 +33,24 @@ def is_needed() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def root(store: dist.distributed_c10d.Store) -> dist.distributed_c10d.Store:
+    """Return the store below all prefixes.
+
+    Ranks: any.
+    """
+    while isinstance(store, dist.distributed_c10d.PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def short_place(root: dist.distributed_c10d.Store) -> str:
+    """Return a prefix for the store below all prefixes that nobody else has been given; of a few characters.
+
+    Ranks: any.
+    """
+    return f"dc{root.add('distckpt', 1)}"
+
+
 def fresh_place(store: dist.distributed_c10d.Store, *, rank: int, world_size: int, timeout_s: float) -> str:
     """Return a prefix in the store that this start of the ranks has for itself, the same on all of them.
 

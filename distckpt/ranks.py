@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -46,6 +46,8 @@ class _Store(Protocol):
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+    def has_extended_api(self) -> bool: ...
     def check(self, keys: list[str]) -> bool: ...
     def wait(self, keys: list[str], timeout: timedelta) -> None: ...
     def set_timeout(self, timeout: timedelta) -> None: ...
@@ -75,6 +77,9 @@ class Ranks:
         self.world_size = 1
         self._round = 0
         self._store: _Store | None = None
+        self._root: dist.distributed_c10d.Store | None = None
+        self._meeting: _Store | None = None  # where ranks meet under short keys, once rank 0 has named that place
+        self._verdict_before: tuple[_Store, str] | None = None
         self._patience = _Patience()
         if dist.is_available() and dist.is_initialized():
             self.rank = dist.get_rank()
@@ -83,7 +88,8 @@ class Ranks:
             if self.world_size > 1:
                 # A clone has its own connection: a wait on one does not hold up the other.
                 store = dist.distributed_c10d._get_default_store().clone()
-                self._store = dist.distributed_c10d.PrefixStore(f"{_place(store, timeout_s)}/{channel}", store)
+                self._store = _under(f"{_place(store, timeout_s)}/{channel}", store)
+                self._root = freshstore.root(store)
 
     def agree(self, action: str, work: Callable[[], Fact], decide: Callable[[list[Fact]], Verdict]) -> Verdict:
         """Do `work` on every rank, and return on every rank what rank 0 decides from all its results.
@@ -116,7 +122,7 @@ class Ranks:
             error = raised
             post["error"] = {**_describe(raised), "host": self.host}
         try:
-            verdict = self._exchange(self._store, action, post, decide)
+            verdict = self._exchange(self._meeting or self._store, action, post, decide)
         except DistckptError as shared:
             raise shared from error
         if isinstance(error, StorageError) and verdict.get("own"):
@@ -186,17 +192,30 @@ class Ranks:
         """Post this rank's result, and return rank 0's verdict on all of them."""
         number = self._round
         if self.rank != 0:
-            return self._told(store, action, number, post)
+            verdict = self._told(store, action, number, post)
+            self._move(verdict)
+            return verdict
         verdict = self._judge(store, action, post, decide)
 
         def tell() -> None:
+            if self._root is not None and self._meeting is None and "error" not in verdict:
+                verdict["place"] = freshstore.short_place(self._root)
             store.set(f"{number}/v", _packed(verdict))
             for key in self._posts().values():  # only now: until there is a verdict, they tell the others who has come
                 store.delete_key(key)
-            store.delete_key(f"{number - 1}/v")  # every rank has read it: it has posted since
+            if self._verdict_before is not None:
+                before, key = self._verdict_before
+                before.delete_key(key)  # every rank has read it: it has posted since
+            self._verdict_before = store, f"{number}/v"
+            self._move(verdict)
 
         self._ask(action, tell)
         return verdict
+
+    def _move(self, verdict: dict[str, Any]) -> None:
+        """Go where rank 0 has said to meet from now on; every message has its key's whole length to carry."""
+        if "place" in verdict and self._root is not None:
+            self._meeting = _under(verdict["place"], self._root)
 
     def _told(self, store: _Store, action: str, number: int, post: dict[str, Any]) -> dict[str, Any]:
         """Other ranks than 0: post this rank's result, and return the verdict."""
@@ -231,8 +250,7 @@ class Ranks:
         deadline = time.monotonic() + self.timeout_s
 
         def collect() -> list[Any]:
-            self._wait(store, action, keys, deadline)
-            return [json.loads(store.get(key)) for key in keys.values()]
+            return [json.loads(post) for post in self._come(store, action, keys, deadline)]
 
         try:
             posts = [own, *self._ask(action, collect)]
@@ -279,17 +297,17 @@ class Ranks:
         """Return under which key each rank but 0 posts in this round."""
         return {rank: f"{self._round}/{rank}" for rank in range(1, self.world_size)}
 
-    def _wait(self, store: _Store, action: str, keys: dict[int, str], deadline: float) -> None:
-        """Return once all keys are set; keys are by the rank that sets them."""
-        left = _left(deadline)
+    def _come(self, store: _Store, action: str, keys: dict[int, str], deadline: float) -> list[bytes]:
+        """Return what is set under all keys, once it is there; keys are by the rank that sets them."""
         try:
-            store.wait(list(keys.values()), left)
+            return _read(store, list(keys.values()), deadline)
         except dist.DistStoreError:
             if time.monotonic() < deadline - _ROUNDING_S:
                 raise
             missing = [rank for rank, key in keys.items() if not store.check([key])]
             if missing:
                 raise RankTimeoutError(action=action, missing=missing, timeout_s=self.timeout_s) from None
+            return _read(store, list(keys.values()), deadline + _GRACE_S)
 
     def _awaited(self, store: _Store, action: str, key: str, deadline: float) -> bytes:
         """Return what rank 0 sets under a key, once it is there."""
@@ -319,6 +337,19 @@ def _place(store: dist.distributed_c10d.Store, timeout_s: float) -> str:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         _places[group] = f"dc/{freshstore.fresh_place(bare, rank=rank, world_size=world_size, timeout_s=timeout_s)}"
     return _places[group]
+
+
+def _under(prefix: str, store: dist.distributed_c10d.Store) -> _Store:
+    return cast(_Store, dist.distributed_c10d.PrefixStore(prefix, store))
+
+
+def _read(store: _Store, keys: list[str], deadline: float) -> list[bytes]:
+    """Return what is set under all keys, once it is there."""
+    store.set_timeout(_left(deadline))
+    if store.has_extended_api():
+        return store.multi_get(keys)  # waits, too
+    store.wait(keys, _left(deadline))
+    return [store.get(key) for key in keys]
 
 
 def _packed(value: Any) -> str:

@@ -101,6 +101,9 @@ class CrewStore:
         self._crew.log.learn(known)
         return value
 
+    def has_extended_api(self) -> bool:
+        return False
+
     def check(self, keys: list[str]) -> bool:
         if not self._has(keys):
             self._crew.give_way(self._rank)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distckpt
+from benchmarks.kernel import counters
 from distckpt import CheckpointManager, PerRank
 from distckpt.errors import RankTimeoutError
 from distckpt.preparation import SaveRequest, prepare
@@ -289,3 +290,16 @@ def leave_one_out(directory: str) -> str:
     except distckpt.errors.DistckptError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def count_bytes_of_a_later_save(directory: str, num_tensors: int) -> int:
+    """Return how many bytes go over this process's TCP sockets, in both directions, for the third save."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(4)) for _ in range(num_tensors)])
+    with CheckpointManager(directory, every=None) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, {"model": model})
+            ckpt.wait()
+        before = counters()
+        ckpt.save(3, {"model": model})
+        ckpt.wait()
+        return (counters() - before).wire_bytes
