@@ -320,9 +320,12 @@ def to_read(matched: Match, tensors: Mapping[str, torch.Tensor]) -> list[Wanted]
     Ranks: any.
     """
     wanted: list[Wanted] = []
+    likes = matched.likes
     for name, tensor in tensors.items():
-        like = matched.likes.get(name)
-        box = None if like is None else local_box(like)
-        if like is None or box is not None:
+        like = likes.get(name)
+        if like is None:
+            is_bare = type(tensor) is torch.Tensor and not tensor.requires_grad
+            wanted.append((name, None, tensor if is_bare else local(tensor)))
+        elif (box := local_box(like)) is not None:
             wanted.append((name, box, local(tensor)))
     return wanted

@@ -68,17 +68,20 @@ class Match:
     targets: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     borrowed: list[str] = field(default_factory=list)
+    _wanted: list[str] | None = None
 
     def wanted(self) -> list[str]:
-        """Return the names of all tensor entries that have to be read.
+        """Return the names of all tensor entries that have to be read; asked for once the match is made.
 
         Ranks: any.
         """
-        found: dict[str, None] = {}
-        for part in self.parts:
-            for reference in references(part.content):
-                found[reference.name] = None
-        return list(found)
+        if self._wanted is None:
+            found: dict[str, None] = {}
+            for part in self.parts:
+                for reference in references(part.content):
+                    found[reference.name] = None
+            self._wanted = list(found)
+        return self._wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +151,8 @@ def match(state: Mapping[str, Any], manifest: Manifest, *, rank: int, selection:
         content = _decoded(slot.key, tree, result)
         if content is None and tree is not None:
             continue
-        known += _names_below(slot, content)
+        if not selection.is_all:
+            known += _names_below(slot, content)
         _match_slot(slot, content, manifest, selection, result)
     for key, entry in manifest.objects.items():
         known.append(key)

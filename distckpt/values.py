@@ -156,9 +156,10 @@ def _decode_tag(tag: str, body: Json, leaf: Callable[[str, str], Any], depth: in
             return tuple(_decode(item, leaf, depth + 1) for item in body)
         case (("$dict" | "$counter"), list()):
             pairs = {}
-            for pair in body:
-                name, item = pair
-                pairs[name if type(name) is str else _decode(name, leaf, depth + 1)] = _decode(item, leaf, depth + 1)
+            for name, item in body:
+                key = name if type(name) is str else _decode(name, leaf, depth + 1)
+                stored = item.get("$tensor") if type(item) is dict and len(item) == 1 else None
+                pairs[key] = leaf("$tensor", stored) if type(stored) is str else _decode(item, leaf, depth + 1)
             return Counter(pairs) if tag == "$counter" else pairs
         case "$bytes", str():
             return base64.b64decode(body, validate=True)

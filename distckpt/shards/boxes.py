@@ -118,7 +118,7 @@ class _Batch:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._ranges: dict[int, list[Range]] = {}
-        self._small: dict[tuple[int, torch.dtype], list[_Small]] = {}
+        self._small: dict[tuple[int, torch.dtype, int], list[_Small]] = {}  # by file, dtype and device
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._num_bytes = 0
         self._on_gpu = False
@@ -126,7 +126,7 @@ class _Batch:
     def add(self, file: int, offset: int, target: torch.Tensor, num_bytes: int) -> None:
         """Want all of `target`, which lies in a file in one piece."""
         if num_bytes < SMALL_BYTES:
-            key = file, target.dtype
+            key = file, target.dtype, target.get_device()
             if key not in self._small:
                 self._small[key] = []
             self._small[key].append((offset, num_bytes, target))
@@ -161,13 +161,14 @@ class _Batch:
         return room
 
     def _read(self, meanwhile: Callable[[], None] | None = None) -> None:
-        runs = [(self._run_room(file, run), run) for (file, _), small in self._small.items() for run in _runs(small)]
+        runs = [(self._run_room(key[0], run), run) for key, small in self._small.items() for run in _runs(small)]
         self._reader.fill(self._ranges, meanwhile=meanwhile)
         for target, source in self._copies:
             target.copy_(source, non_blocking=True)
         for room, run in runs:
             targets = [target for _, _, target in run]
-            pieces = torch.split(room, [num_bytes // room.element_size() for _, num_bytes, _ in run])
+            item_bytes = room.element_size()
+            pieces = torch.split(room, [num_bytes // item_bytes for _, num_bytes, _ in run])
             sources = [p if t.dim() == 1 else p.view(t.shape) for p, t in zip(pieces, targets, strict=True)]
             torch._foreach_copy_(targets, sources, non_blocking=True)
         self._ranges, self._small, self._copies, self._num_bytes = {}, {}, [], 0
@@ -179,11 +180,11 @@ class _Batch:
 
 
 def _runs(small: list[_Small]) -> Iterator[list[_Small]]:
-    """Yield runs of tensors that lie in a file one after another, on one device."""
+    """Yield runs of tensors that lie in a file one after another."""
     small.sort(key=itemgetter(0))
     breaks = [0]
-    for index, ((offset, num_bytes, one), (after, _, other)) in enumerate(pairwise(small), start=1):
-        if offset + num_bytes != after or one.device != other.device:
+    for index, ((offset, num_bytes, _), (after, _, _)) in enumerate(pairwise(small), start=1):
+        if offset + num_bytes != after:
             breaks.append(index)
     for begin, end in pairwise([*breaks, len(small)]):
         yield small[begin:end]
