@@ -442,6 +442,7 @@ class CheckpointManager:
             raise
         finally:
             self._closed = True
+            self._saver.close()
             self._preemption.ignore()
             if self._boundary.end(because, preempted=self.preempted) and self._channels is not None:
                 self._channels[0].part()

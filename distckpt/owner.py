@@ -5,6 +5,7 @@ Invariant: a process is called gone only where this kernel says so; of one that 
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import time
@@ -54,6 +55,13 @@ def this_process() -> Owner:
         boot=boot,
         namespace=namespace,
     )
+
+
+@functools.cache
+def this_machine() -> str:
+    """Return a name of this machine, since its last start, that no other one has."""
+    me = this_process()
+    return me.boot or me.host
 
 
 def fate_of(owner: Owner) -> Fate:

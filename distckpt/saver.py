@@ -277,6 +277,13 @@ class Saver:
         self._writing.join()
         self._pruner.wait()
 
+    def close(self) -> None:
+        """Let go of what is held, once no save is in flight.
+
+        Ranks: any.
+        """
+        self._writing.close()
+
     def _pass_over(self, step: int, ranks: Ranks) -> None:
         """Refuse or skip a save, as the one before is still in flight."""
         assert self._begun_step is not None

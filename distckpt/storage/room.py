@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from distckpt.owner import this_process
+from distckpt.owner import this_machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +56,9 @@ def room_at(path: Path) -> Room | None:
             return None
         if facts.f_blocks == 0:
             return None
-        machine = this_process()
         return Room(
             folder=str(folder),
-            place=f"{machine.boot or machine.host}/{device}",
+            place=f"{this_machine()}/{device}",
             num_bytes=facts.f_bavail * facts.f_frsize,
             takes_files=facts.f_files == 0 or facts.f_favail > 0,
         )

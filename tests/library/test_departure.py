@@ -263,6 +263,7 @@ def test_sigusr1_asks_for_a_stop_and_calls_a_users_own_handler(tmp_path: Path):
 
 
 def test_sigusr1_is_left_to_faulthandler(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # a manager of a test before may never have been closed
     with (tmp_path / "stacks.txt").open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
         try:
