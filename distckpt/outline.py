@@ -96,13 +96,22 @@ def _skim(data: bytes) -> Outline | None:
     if len(sizes) != files.count('"segments":'):
         return None
     more, objects_begin = _pairs_until(text, files_end + 1, "objects")
+    if "files" in more or '"files":' in files:
+        return None
     facts |= more
     middles = list(_MIDDLE.finditer(text, objects_begin))
     end = _END.search(text, max(0, len(text) - _TAIL_CHARS))
     # What was found may stand inside another object, if that has the key, too, or the true one is escaped.
     if len(middles) != 1 or text.count('"parent":', objects_begin) != 1 or r"\u00" in text:
         return None
-    if facts["format"] != FORMAT or facts["layout"] not in ("full", "sharded") or not end:
+    # Of a key that stands there twice, the last one counts.
+    if end is None or text[end.start() - 1] != "}":
+        return None
+    parent_begin, run_begin = middles[0].span(1)
+    for name in (*facts, "files"):
+        if text.find(f'"{name}":', objects_begin, parent_begin) >= 0 or text.find(f'"{name}":', run_begin) >= 0:
+            return None
+    if facts["format"] != FORMAT or facts["layout"] not in ("full", "sharded"):
         return None
     if not math.isfinite(float(facts["created"])):
         return None

@@ -96,6 +96,37 @@ def test_a_state_that_looks_like_the_manifest_is_left_to_the_parser() -> None:
     assert outline.outline(data, path="").step == 3
 
 
+TWICE = {
+    "attempt": '"b2"',
+    "config": '{"a":2}',
+    "created": "7.5",
+    "files": '[{"bytes":9,"name":"a1/rank-0.safetensors","rank":0,"segments":[[9,"' + "0" * 32 + '"]]}]',
+    "format": "1",
+    "layout": '"sharded"',
+    "metrics": '{"loss":2.0}',
+    "objects": '{"x":{"kind":"value","per_rank":false,"trees":[1]}}',
+    "parent": '{"attempt":"b2","step":1}',
+    "run": '"other"',
+    "step": "8",
+    "tensors": "{}",
+    "timings": '{"stage":1.0}',
+    "versions": '{"torch":"1"}',
+    "world_size": "4",
+    "writer": '{"host":"other"}',
+}
+
+
+@pytest.mark.parametrize("key", TWICE)
+@pytest.mark.parametrize("before", [*TWICE, "xxh3"])
+def test_a_key_that_stands_there_twice_counts_as_it_does_for_the_parser(key: str, before: str) -> None:
+    text = a_manifest()
+    place = text.index(f',"{before}":'.encode()) if before != "attempt" else 0
+    begun = f'{{"{key}":{TWICE[key]},'.encode() if place == 0 else text[:place] + f',"{key}":{TWICE[key]}'.encode()
+    body = (begun + text[max(place, 1) :])[:-44]
+    data = body + f',"xxh3":"{digest(body)}"}}\n'.encode()
+    assert facts(outline.outline(data, path="")) == facts(parse(data, path=""))
+
+
 @pytest.mark.parametrize("offset", [3, 60, -1, -20])
 def test_a_flipped_bit_is_damage(offset: int) -> None:
     data = bytearray(a_manifest())
