@@ -48,7 +48,8 @@ def inspect(data: bytes, begin: int = 0) -> Inspection:
     try:
         for operation, argument, _ in pickletools.genops(stream):
             machine.do(operation, argument)
-    except (IndexError, KeyError, OverflowError, UnicodeError, MemoryError) as error:
+    # A text with odd escapes is a warning, which the process may have made an error; no save writes such a text.
+    except (IndexError, KeyError, OverflowError, UnicodeError, MemoryError, Warning) as error:
         raise ValueError(f"a malformed pickle: {error}") from error
     return Inspection(names=frozenset(machine.names), end=stream.tell())
 

@@ -116,7 +116,10 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="folder of inputs, read and added to")
     parser.add_argument("--replay", type=Path, help="one input to run, instead")
     parser.add_argument("--minimize", action="store_true", help="drop what adds no coverage, instead")
-    options = parser.parse_args()
+    options, of_libfuzzer = parser.parse_known_args()  # it starts this script again, with options of its own
+    is_inner = any(option.startswith("-merge_inner") for option in of_libfuzzer)
+    if of_libfuzzer and not is_inner:
+        parser.error(f"unknown: {' '.join(of_libfuzzer)}")
     if options.replay:
         from fuzz_targets import TARGETS
 
@@ -134,10 +137,13 @@ def main() -> None:
         import fuzz_targets
     corpus = options.corpus or Path(__file__).parent / "corpus" / options.target
     corpus.mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(fuzz_targets.seeds(options.target)):
-        (corpus / f"seed-{number:02d}").write_bytes(seed)
+    if not is_inner:
+        for number, seed in enumerate(fuzz_targets.seeds(options.target)):
+            (corpus / f"seed-{number:02d}").write_bytes(seed)
     limits = [f"-max_len={LARGEST_BYTES}", "-rss_limit_mb=4096", "-timeout=20", "-print_final_stats=1"]
-    if options.minimize:
+    if is_inner:
+        limits, arguments = [], of_libfuzzer
+    elif options.minimize:
         smaller = corpus.with_name(f"{corpus.name}-minimized")
         smaller.mkdir(exist_ok=True)
         arguments = ["-merge=1", str(smaller), str(corpus)]
@@ -145,7 +151,8 @@ def main() -> None:
         arguments = [f"-max_total_time={int(options.minutes * 60)}", str(corpus)]
     mutator = {"manifest": mutated_json, "values": mutated_json, "safetensors": mutated_safetensors}.get(options.target)
     mutators = {} if mutator is None else {"custom_mutator": mutator}
-    atheris.Setup([sys.argv[0], *limits, *arguments], fuzz_targets.TARGETS[options.target], **mutators)
+    command = f"{sys.executable} {Path(__file__).resolve()} {options.target}"
+    atheris.Setup([command, *limits, *arguments], fuzz_targets.TARGETS[options.target], **mutators)
     atheris.Fuzz()
 
 
