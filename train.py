@@ -27,7 +27,8 @@ def main() -> int:
     try:
         config = trainer.parse_config(sys.argv[1:])
         # While torch is imported, the newest checkpoint comes from the disk.
-        prefetch(config.checkpoint.directory, storage_options=config.checkpoint.storage_options)
+        checkpoint = config.checkpoint
+        prefetch(checkpoint.directory, storage_options=checkpoint.storage_options, memory_tier=checkpoint.memory_tier)
         result = trainer.Trainer(config).fit()
     except ConfigError as error:
         return complain(str(error).replace("\nFix: ", "; "), code=2)
