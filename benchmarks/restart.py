@@ -5,7 +5,8 @@
 
 Each is a process of its own, from the moment at which it is started. "build": imports torch and torchvision and builds
 the model and its optimizer; nobody can be quicker. "plain": does that, restores the newest checkpoint, and does a step.
-"ahead": the same, but calls `distckpt.prefetch` before it imports torch.
+"ahead": the same, but calls `distckpt.prefetch` before it imports torch. "memory": has a memory tier, and reads the
+checkpoint there, as after a crash; of its data files nothing is read from the storage, in whatever cache they lie.
 With a cold cache, the checkpoint's files have been dropped from the page cache, as the kernel confirms; libraries are
 warm for all. Medians of rounds, in which the order is drawn anew; the ratio is that within each round.
 """
@@ -29,7 +30,10 @@ from benchmarks.disk import forget, warm
 from benchmarks.machine import COMMIT, file_system, machine, versions
 from benchmarks.options import BUILD, RESULTS
 from benchmarks.report import aligned
-from benchmarks.restarted import HOWS
+from benchmarks.restarted import HOWS, STORED
+from distckpt import catalog
+from distckpt.memorytier import MemoryTier
+from distckpt.storage import open_storage
 
 STEP = "first step"  # its computing is the training's own, restored or not
 TARGET = 1.3  # restart to first step, over importing torch and building the model
@@ -53,6 +57,18 @@ def save(directory: Path, model: str) -> int:
         latest = manager.latest
     assert latest is not None
     return latest.num_bytes
+
+
+def keep_in_memory(directory: Path) -> None:
+    """Bring the newest checkpoint to the memory tier, as its save would have."""
+    storage = open_storage(directory)
+    folder, manifest = catalog.locate(storage)
+    tier = MemoryTier(storage.url)
+    for file in manifest.files:
+        data = memoryview((directory / folder / file.name).read_bytes())
+        with tier.copying(manifest.attempt, rank=file.rank, num_bytes=len(data)) as copy:
+            copy(0, data)
+    tier.leave(in_good_order=False)
 
 
 def start(how: str, directory: Path, model: str) -> dict[str, float]:
@@ -80,6 +96,8 @@ def measure(directory: Path, model: str, *, rounds: int, seed: int) -> dict[str,
     for _ in range(rounds):
         for cache in ("warm", "cold"):
             for how in order.sample(HOWS, len(HOWS)):
+                if how == "memory":  # who starts without a tier has removed it
+                    keep_in_memory(directory)
                 (warm if cache == "warm" else forget)(directory)
                 seen.setdefault(f"{how}, {cache}", []).append(start(how, directory, model))
     return seen
@@ -87,15 +105,18 @@ def measure(directory: Path, model: str, *, rounds: int, seed: int) -> dict[str,
 
 def table(seen: dict[str, list[dict[str, float]]]) -> list[list[str]]:
     """Return the rows of the table: medians in seconds, and the ratio to building alone."""
-    parts = list(dict.fromkeys(part for runs in seen.values() for run in runs for part in run if part != "total"))
-    rows = [["", *parts, "total", "x build", "without the step"]]
+    names = dict.fromkeys(part for runs in seen.values() for run in runs for part in run)
+    parts = [name for name in names if name not in ("total", STORED)]
+    rows = [["", *parts, "total", "x build", "without the step", "MB from the storage"]]
     for name in sorted(seen):
         runs, limits = seen[name], seen[f"build, {name.rpartition(' ')[2]}"]
         middle = [statistics.median(run.get(part, 0.0) for run in runs) for part in [*parts, "total"]]
         pairs = [(run["total"], run.get(STEP, 0.0), limit["total"]) for run, limit in zip(runs, limits, strict=True)]
         ratio = statistics.median(total / limit for total, _, limit in pairs)
         ready = statistics.median((total - step) / limit for total, step, limit in pairs)
-        rows.append([name, *(f"{value:.3f}" if value else "" for value in middle), f"{ratio:.2f}", f"{ready:.2f}"])
+        stored = "" if STORED not in runs[0] else f"{max(run[STORED] for run in runs) / 1e6:.1f}"
+        cells = [f"{value:.3f}" if value else "" for value in middle]
+        rows.append([name, *cells, f"{ratio:.2f}", f"{ready:.2f}", stored])
     return rows
 
 
@@ -114,7 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         facts: dict[str, Any] = {"model": options.model, "bytes": save(directory, options.model)}
         facts["file_system"] = file_system(directory)
         load = os.getloadavg()[0]
-        seen = measure(directory, options.model, rounds=options.rounds, seed=options.seed)
+        try:
+            seen = measure(directory, options.model, rounds=options.rounds, seed=options.seed)
+        finally:
+            MemoryTier(str(directory)).leave(in_good_order=True)
     print(f"restart: seconds of each part; {', '.join(f'{k} {v}' for k, v in facts.items())}; load {load:.1f}")
     print("\n".join(aligned(table(seen))))
     print(f"target: at most {TARGET} x build")

@@ -68,6 +68,14 @@ class MemoryTier:
         """Return what is kept of a checkpoint's data files."""
         return KeptFiles(self, files)
 
+    def attempts(self) -> list[str]:
+        """Return the saves of which something lies here."""
+        try:
+            with self.folder() as folder_fd:
+                return _listed(folder_fd)
+        except OSError:
+            return []  # whoever is to write here will say what is wrong
+
     @contextlib.contextmanager
     def copying(self, attempt: str, *, rank: int, num_bytes: int) -> Iterator[Callable[[int, memoryview], None]]:
         """Copy a rank's data file while it is written, for as long as the context lasts.
@@ -83,7 +91,7 @@ class MemoryTier:
             What to call with each piece of the file and where it begins, in order, on any one thread; raises nothing.
         """
         # Seen before anything is written: no rank of this node can have begun the save after this one.
-        older = [each for each in self._attempts() if each != attempt]
+        older = [each for each in self.attempts() if each != attempt]
         copy = _Copy(self, names.rank_file(attempt, rank), num_bytes, older)
         try:
             yield copy.add
@@ -99,7 +107,7 @@ class MemoryTier:
         Args:
             keep: The save that this job goes on from, which may stay.
         """
-        self._remove([attempt for attempt in self._attempts() if attempt != keep])
+        self._remove([attempt for attempt in self.attempts() if attempt != keep])
         if keep is not None:
             with contextlib.suppress(OSError):
                 self.show_life()
@@ -115,7 +123,7 @@ class MemoryTier:
             in_good_order: Whether the run is complete, or its node is wanted back.
         """
         if in_good_order:
-            self._remove(self._attempts())
+            self._remove(self.attempts())
         if self._sign is not None:
             os.close(self._sign)
             self._sign = None
@@ -164,14 +172,6 @@ class MemoryTier:
         level = logging.DEBUG if self._has_warned else logging.WARNING
         self._has_warned = True
         logger.log(level, "no memory tier in %s, saves go on without: %s", self.path, problem)
-
-    def _attempts(self) -> list[str]:
-        """Return the saves of which something lies here."""
-        try:
-            with self.folder() as folder_fd:
-                return _listed(folder_fd)
-        except OSError:
-            return []  # whoever is to write here will say what is wrong
 
     def _remove(self, attempts: Sequence[str]) -> None:
         with contextlib.suppress(OSError), self.folder() as folder_fd:
