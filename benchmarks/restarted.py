@@ -8,6 +8,7 @@ It is started by `restart`, which tells it in RESTART_BEGUN when, on the clock t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -48,12 +49,13 @@ def main() -> int:
     options = parser.parse_args()
     marks = Marks()
     marks.end("start Python")
-    if options.how in ("ahead", "memory"):
-        from distckpt import prefetch
+    with contextlib.ExitStack() as stack:
+        if options.how in ("ahead", "memory"):
+            from distckpt import prefetch
 
-        prefetch(options.directory, memory_tier=options.how == "memory")
-    import torch
-    import torchvision
+            stack.enter_context(prefetch(options.directory, memory_tier=options.how == "memory"))
+        import torch
+        import torchvision
 
     marks.end("import torch")
     model = torchvision.models.get_model(options.model)

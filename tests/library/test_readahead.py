@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,18 @@ def noted(directory: Path) -> tuple[readahead.Prefetch, list[tuple[str, int, int
     ahead = readahead.Prefetch(storage)
     ahead.wait(60)
     return ahead, storage.touched
+
+
+def test_as_a_context_it_keeps_the_collector_off_as_long_as_it_lasts(tmp_path: Path) -> None:
+    before = gc.get_freeze_count()
+    try:
+        with distckpt.prefetch(tmp_path) as ahead:
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+        ahead.wait(60)
+    finally:
+        gc.unfreeze()
 
 
 def test_what_the_nodes_memory_keeps_is_not_read_ahead(tmp_path: Path) -> None:
