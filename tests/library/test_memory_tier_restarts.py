@@ -60,7 +60,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(kind, before, after, again, marks=marks)
 
 
-@pytest.mark.parametrize(("place", "before", "after", "again"), cases(), indirect=["place"])
+@pytest.mark.parametrize(("place", "before", "after", "again"), list(cases()), indirect=["place"])
 def test_a_restart_reads_no_data_from_the_storage(
     ranks: RankPools, place: Place, before: int, after: int, again: bool
 ) -> None:
