@@ -26,9 +26,11 @@ def main() -> int:
     trainer.show_messages()
     try:
         config = trainer.parse_config(sys.argv[1:])
+        where = config.checkpoint
         # While torch is imported, the newest checkpoint comes from the disk.
-        prefetch(config.checkpoint.directory, storage_options=config.checkpoint.storage_options)
-        result = trainer.Trainer(config).fit()
+        with prefetch(where.directory, storage_options=where.storage_options, memory_tier=where.memory_tier):
+            from distckpt.trainer import Trainer
+        result = Trainer(config).fit()
     except ConfigError as error:
         return complain(str(error).replace("\nFix: ", "; "), code=2)
     except DistckptError as error:

@@ -8,6 +8,7 @@ It is started by `restart`, which tells it in RESTART_BEGUN when, on the clock t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -15,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-HOWS = ("build", "plain", "ahead")
+HOWS = ("build", "plain", "ahead", "memory")
+STORED = "bytes from the storage"  # of data files
 _ACTIONS = {
     "restore: choosing": "find",
     "restore: checking": "match",
@@ -47,31 +49,34 @@ def main() -> int:
     options = parser.parse_args()
     marks = Marks()
     marks.end("start Python")
-    if options.how == "ahead":
-        from distckpt import prefetch
+    with contextlib.ExitStack() as stack:
+        if options.how in ("ahead", "memory"):
+            from distckpt import prefetch
 
-        prefetch(options.directory)
-    import torch
-    import torchvision
+            stack.enter_context(prefetch(options.directory, memory_tier=options.how == "memory"))
+        import torch
+        import torchvision
 
     marks.end("import torch")
     model = torchvision.models.get_model(options.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     state = {"model": model, "optimizer": optimizer, "epoch": 0}
     marks.end("build the model")
+    read = {}
     if options.how != "build":
-        _restart(state, options.directory, marks)
-    print(json.dumps({**marks.seconds, "total": sum(marks.seconds.values())}))
+        read[STORED] = _restart(state, options.directory, marks, memory_tier=options.how == "memory")
+    print(json.dumps({**marks.seconds, "total": sum(marks.seconds.values()), **read}))
     sys.stdout.flush()
     os._exit(0)  # what comes after the first step does not count, and is the same for all
 
 
-def _restart(state: dict[str, Any], directory: Path, marks: Marks) -> None:
-    """Restore, and do a step."""
+def _restart(state: dict[str, Any], directory: Path, marks: Marks, *, memory_tier: bool) -> int:
+    """Restore, do a step, and return how many bytes of data files came from the storage."""
     import torch
     import torch.distributed as dist
 
     from distckpt import CheckpointManager
+    from distckpt.events import Event, Restored
     from distckpt.ranks import Ranks
 
     marks.end("import distckpt")
@@ -87,7 +92,8 @@ def _restart(state: dict[str, Any], directory: Path, marks: Marks) -> None:
         return verdict
 
     Ranks.agree = noted  # type: ignore[method-assign]  # the parts of a restore are what it agrees on
-    manager = CheckpointManager(directory, every=1000)
+    restored: list[Event] = []
+    manager = CheckpointManager(directory, every=1000, memory_tier=memory_tier, callbacks=[restored.append])
     step = manager.restore(state)
     marks.end("other")
     if not step:
@@ -97,6 +103,8 @@ def _restart(state: dict[str, Any], directory: Path, marks: Marks) -> None:
     torch.autograd.backward(state["model"](batch).square().mean())
     state["optimizer"].step()
     marks.end("first step")
+    [read] = [event.storage_bytes for event in restored if isinstance(event, Restored)]
+    return read
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from distckpt.garbage import kept_off
 from distckpt.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"distckpt.{home}"), name)
+    with kept_off():  # where torch is imported, the collector has much to walk over, and nothing to find
+        return getattr(importlib.import_module(f"distckpt.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from distckpt import names
-from distckpt.datafiles import Range, Reader
+from distckpt.datafiles import Reader
 from distckpt.manifest import Manifest
+from distckpt.readtasks import Range
 from distckpt.safetensors import ITEM_BYTES
 from distckpt.storage import Storage
 

@@ -31,6 +31,8 @@ from distckpt.workspace import Told
 
 _TIMINGS = ("stage_s", "write_s")
 
+Look = Callable[[int, memoryview], None]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
@@ -41,7 +43,12 @@ class Committed:
 
 
 def commit(
-    save: PreparedSave, *, ranks: Ranks, storage: Storage, insist: Callable[[], None] = lambda: None
+    save: PreparedSave,
+    *,
+    ranks: Ranks,
+    storage: Storage,
+    insist: Callable[[], None] = lambda: None,
+    also: Look | None = None,
 ) -> Committed | None:
     """Write this rank's share, and once every rank has, publish the manifest.
 
@@ -50,6 +57,7 @@ def commit(
         ranks: The channel of the thread that writes.
         storage: The run's directory.
         insist: Called on rank 0 right before the manifest is published; raises if nothing may be published any more.
+        also: Is called with each piece of this rank's file and where it begins, in order, while it is written.
 
     Returns:
         On rank 0 what was published, on the others None.
@@ -76,7 +84,7 @@ def commit(
             raise save.failure
         begun = time.monotonic()
         check = _finite_check(save)
-        look = None if check is None else check.look
+        look = _looking(also, None if check is None else check.look)
         share = write_share(storage, request.folder, save.attempt, rank=ranks.rank, staged=save.staged, look=look)
         timings = [round(save.stage_s, 4), round(time.monotonic() - begun, 4)]
         own.append(share)  # rank 0 has no need to send its own to itself
@@ -110,6 +118,18 @@ def commit(
         raise
     told.settle()
     return published[0] if published else None
+
+
+def _looking(one: Look | None, other: Look | None) -> Look | None:
+    """Return both in one."""
+    if one is None or other is None:
+        return one or other
+
+    def look(begin: int, piece: memoryview) -> None:
+        one(begin, piece)
+        other(begin, piece)
+
+    return look
 
 
 def _abandon(save: PreparedSave, storage: Storage, error: BaseException, *, tried: bool) -> None:

@@ -11,15 +11,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 
 from distckpt import names
 from distckpt.checksum import Running, digest
-from distckpt.errors import CheckpointDamagedError
+from distckpt.errors import CheckpointDamagedError, StorageError
 from distckpt.manifest import DataFile, Segment
+from distckpt.memorytier import KeptFiles
+from distckpt.readtasks import Range, Scratch, Task, copy_part, cut, tiling
 from distckpt.storage import OpenFile, Readable, StepwiseStorage, Storage, read_scattered
-from distckpt.storage.mapping import copy
 
 # Large enough that a read is efficient and digests are few, small enough that reading a part of a tensor reads little
 # more, and that a segment is still in the processor's cache when it is hashed after it was read.
@@ -27,24 +28,6 @@ SEGMENT_BYTES = 4 << 20
 # Of hashing and then copying, or looking. Source: to read, hash and copy 1.07 GB took 0.035 s in steps of 512 KiB, as
 # long as reading alone; 0.042 s if it was read by system calls and then hashed.
 STEP_BYTES = 512 << 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Range:
-    """Bytes of a data file that are wanted.
-
-    Attributes:
-        begin: The first byte's place in the file.
-        into: Writable memory that they go to; its length is how many there are.
-    """
-
-    begin: int
-    into: memoryview
-
-    @property
-    def end(self) -> int:
-        """The place behind the last byte."""
-        return self.begin + len(self.into)
 
 
 def segment_sizes(header_bytes: int, num_bytes: int) -> list[int]:
@@ -107,29 +90,6 @@ def _digested(part: memoryview, begin: int, look: Callable[[int, memoryview], No
     return running.digest()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """Neighbouring segments of one file that are read together.
-
-    Attributes:
-        index: Which file.
-        number: The first one's number in the file.
-        begin: Where it begins.
-        segments: They themselves.
-        ranges: What is wanted of them, in order; nothing, if they are only to be checked.
-    """
-
-    index: int
-    number: int
-    begin: int
-    segments: list[Segment]
-    ranges: list[Range]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(segment.num_bytes for segment in self.segments)
-
-
 class Reader:
     """Reads the data files of one checkpoint, each segment checked, and remembers which it has checked.
 
@@ -141,19 +101,36 @@ class Reader:
         step: The checkpoint's step, for errors.
         first: The file to begin with: ranks that begin with different ones share the work of a disk whose page cache
             they share.
+        kept: What this node's memory keeps of the files: they are read there; what proves bad, from the storage.
+
+    Attributes:
+        num_kept_bytes: How many bytes were read, checked and good, from the node's memory.
+        num_stored_bytes: How many from the storage.
     """
 
     def __init__(
-        self, storage: Readable, folder: str, files: Sequence[DataFile], *, path: str, step: int | None, first: int = 0
+        self,
+        storage: Readable,
+        folder: str,
+        files: Sequence[DataFile],
+        *,
+        path: str,
+        step: int | None,
+        first: int = 0,
+        kept: KeptFiles | None = None,
     ) -> None:
+        self.num_kept_bytes = 0
+        self.num_stored_bytes = 0
         self._storage = storage
         self._folder = folder
         self._files = files
         self._path = path
         self._step = step
         self._first = first
+        self._kept = KeptFiles() if kept is None else kept
+        self._turn = threading.Lock()
         self._checked: set[tuple[int, int]] = set()
-        self._memory = _Memory()
+        self._memory = Scratch()
 
     def fill(self, ranges: Mapping[int, Sequence[Range]], *, meanwhile: Callable[[], None] | None = None) -> None:
         """Fill ranges, in file order, each segment that they touch read once and checked.
@@ -167,7 +144,7 @@ class Reader:
                 to is then undefined.
             StorageError: It could not be read for another reason.
         """
-        tasks: list[_Task] = []
+        tasks: list[Task] = []
         for index, wanted in ranges.items():
             ordered = sorted((r for r in wanted if len(r.into)), key=lambda r: r.begin)
             self._refuse_short(index, max((r.end for r in ordered), default=0))
@@ -183,7 +160,7 @@ class Reader:
         Raises:
             As `fill` does.
         """
-        tasks: list[_Task] = []
+        tasks: list[Task] = []
         for index, wanted in spans.items():
             ordered = sorted((begin, end) for begin, end in wanted if end > begin)
             self._refuse_short(index, max((end for _, end in ordered), default=0))
@@ -196,7 +173,7 @@ class Reader:
         Raises:
             As `fill` does.
         """
-        tasks: list[_Task] = []
+        tasks: list[Task] = []
         for index in files:
             tasks += self._bare_tasks(index, [(0, self._files[index].num_bytes)], known=self._checked)
         self._run(tasks)
@@ -219,7 +196,7 @@ class Reader:
         if end > self._files[index].num_bytes:
             raise self._damaged(self._files[index], "is shorter than its tensors")
 
-    def _tasks(self, index: int, ordered: Sequence[Range]) -> Iterator[_Task]:
+    def _tasks(self, index: int, ordered: Sequence[Range]) -> Iterator[Task]:
         """Yield the tasks that fill ranges, which are in order."""
         waiting = list(reversed(ordered))
         active: list[Range] = []
@@ -233,7 +210,7 @@ class Reader:
 
     def _bare_tasks(
         self, index: int, ordered: Sequence[tuple[int, int]], known: Collection[tuple[int, int]] = ()
-    ) -> Iterator[_Task]:
+    ) -> Iterator[Task]:
         """Yield the tasks that check spans, which are in order."""
         waiting = list(reversed(ordered))
         reach = 0
@@ -245,27 +222,28 @@ class Reader:
             if reach > task.begin and not all((index, number) in known for number in numbers):
                 yield task
 
-    def _whole_tasks(self, index: int) -> Iterator[_Task]:
+    def _whole_tasks(self, index: int) -> Iterator[Task]:
         """Yield a file's segments, as many together as make one good read."""
-        most = self._storage.capabilities.read_bytes
+        most = self._source(index).capabilities.read_bytes
         begin, number, num_bytes = 0, 0, 0
         group: list[Segment] = []
         for segment in self._files[index].segments:
             if group and num_bytes + segment.num_bytes > most:
-                yield _Task(index=index, number=number, begin=begin, segments=group, ranges=[])
+                yield Task(index=index, number=number, begin=begin, segments=group, ranges=[])
                 begin, number, group, num_bytes = begin + num_bytes, number + len(group), [], 0
             group.append(segment)
             num_bytes += segment.num_bytes
         if group:
-            yield _Task(index=index, number=number, begin=begin, segments=group, ranges=[])
+            yield Task(index=index, number=number, begin=begin, segments=group, ranges=[])
 
-    def _run(self, tasks: list[_Task], meanwhile: Callable[[], None] | None = None) -> None:
+    def _run(self, tasks: list[Task], meanwhile: Callable[[], None] | None = None) -> None:
         """Do the tasks with threads, and meanwhile something else; the first failure ends all."""
         num_files = max(len(self._files), 1)
         tasks.sort(key=lambda task: ((task.index - self._first) % num_files, task.begin))
-        num_readers = min(self._storage.capabilities.num_readers, len(tasks))
+        most = max((self._source(task.index).capabilities.num_readers for task in tasks), default=0)
+        num_readers = min(most, len(tasks))
         with ExitStack() as stack:
-            files = _OpenFiles(self._storage, self._folder, self._files, stack)
+            files = _OpenFiles(stack)
             if num_readers < 2:
                 for task in tasks:
                     self._do(task, files)
@@ -283,11 +261,39 @@ class Reader:
                 readers.shutdown(cancel_futures=True)
                 raise
 
-    def _do(self, task: _Task, files: _OpenFiles) -> None:
+    def _source(self, index: int) -> Readable | KeptFiles:
+        """Return where a file is read."""
+        return self._kept if index in self._kept else self._storage
+
+    def _do(self, task: Task, files: _OpenFiles) -> None:
+        """Bring one task's segments to where they are wanted, from the nearest place where they are good."""
+        if task.index in self._kept:
+            try:
+                self._bring(task, lambda: files.get(("kept", task.index), lambda: self._kept.reading(task.index)))
+            except (CheckpointDamagedError, StorageError) as error:
+                self._kept.refuse(task.index, getattr(error, "problem", str(error)))
+            else:
+                self._note(task, num_kept_bytes=task.num_bytes)
+                return
+        storage, name = self._storage, names.join(self._folder, self._files[task.index].name)
+        if isinstance(storage, StepwiseStorage):
+            self._bring(task, lambda: files.get(("stored", task.index), lambda: storage.reading(name)))
+        else:
+            self._bring(task, lambda: None)
+        self._note(task, num_stored_bytes=task.num_bytes)
+
+    def _note(self, task: Task, *, num_kept_bytes: int = 0, num_stored_bytes: int = 0) -> None:
+        """Take note of what was read and is good."""
+        with self._turn:
+            self.num_kept_bytes += num_kept_bytes
+            self.num_stored_bytes += num_stored_bytes
+            self._checked.update((task.index, task.number + number) for number in range(len(task.segments)))
+
+    def _bring(self, task: Task, opened: Callable[[], OpenFile | None]) -> None:
         """Bring one task's segments to where they are wanted, each compared with its digest."""
         file = self._files[task.index]
         try:
-            open_file = files.get(task.index)
+            open_file = opened()
             with open_file.seen(task.begin, task.num_bytes) if open_file is not None else nullcontext() as seen:
                 if seen is not None:
                     self._take_seen(task, seen)
@@ -298,9 +304,8 @@ class Reader:
         except EOFError as error:
             problem = f"is shorter than the {file.num_bytes:,} bytes that the manifest says"
             raise self._damaged(file, problem) from error
-        self._checked.update((task.index, task.number + number) for number in range(len(task.segments)))
 
-    def _take_seen(self, task: _Task, seen: memoryview) -> None:
+    def _take_seen(self, task: Task, seen: memoryview) -> None:
         """Hash a task's segments where they lie, and copy them while the processor's cache holds them."""
         file, begin = self._files[task.index], task.begin
         wanting = deque(task.ranges)
@@ -312,16 +317,16 @@ class Reader:
                 for wanted in wanting:
                     if wanted.begin >= last:
                         break
-                    _copy(wanted, seen, task.begin, first, last)
+                    copy_part(wanted, seen, task.begin, first, last)
                 while wanting and wanting[0].end <= last:
                     wanting.popleft()
             self._compare(file, begin, segment, running.digest())
             begin = end
 
-    def _take_read(self, task: _Task, open_file: OpenFile | None) -> None:
+    def _take_read(self, task: Task, open_file: OpenFile | None) -> None:
         """Read a task's segments, and hash them."""
         file, end = self._files[task.index], task.begin + task.num_bytes
-        targets = _tiling(task, end, self._memory)
+        targets = tiling(task, end, self._memory)
         whole = self._memory.taken(task.num_bytes) if targets is None else memoryview(b"")
         parts = [whole] if targets is None else targets
         if open_file is not None:
@@ -329,11 +334,11 @@ class Reader:
         else:
             read_scattered(self._storage, names.join(self._folder, file.name), task.begin, parts)
         begin = task.begin
-        for segment, views in zip(task.segments, _cut(parts, [s.num_bytes for s in task.segments]), strict=True):
+        for segment, views in zip(task.segments, cut(parts, [s.num_bytes for s in task.segments]), strict=True):
             self._compare(file, begin, segment, digest(*views))
             begin += segment.num_bytes
         for wanted in task.ranges if targets is None else ():
-            _copy(wanted, whole, task.begin, task.begin, end)
+            copy_part(wanted, whole, task.begin, task.begin, end)
 
     def _compare(self, file: DataFile, begin: int, segment: Segment, found: str) -> None:
         """Refuse a segment whose digest is not the one that was written."""
@@ -345,75 +350,16 @@ class Reader:
 
 
 class _OpenFiles:
-    """The files of one reading, each opened when it is needed; none, where a storage opens none."""
+    """The files of one reading, each opened when it is needed."""
 
-    def __init__(self, storage: Readable, folder: str, files: Sequence[DataFile], stack: ExitStack) -> None:
-        self._storage = storage if isinstance(storage, StepwiseStorage) else None
-        self._names = [names.join(folder, file.name) for file in files]
+    def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._lock = threading.Lock()
-        self._open: dict[int, OpenFile] = {}
+        self._open: dict[tuple[str, int], OpenFile] = {}
 
-    def get(self, index: int) -> OpenFile | None:
+    def get(self, key: tuple[str, int], opened: Callable[[], AbstractContextManager[OpenFile]]) -> OpenFile:
         """Return a file, open."""
-        if self._storage is None:
-            return None
         with self._lock:
-            if index not in self._open:
-                self._open[index] = self._stack.enter_context(self._storage.reading(self._names[index]))
-            return self._open[index]
-
-
-def _copy(wanted: Range, source: memoryview, origin: int, first: int, last: int) -> None:
-    """Copy what `source`, which begins at the file's byte `origin`, holds of a range between two bytes of the file."""
-    first, last = max(wanted.begin, first), min(wanted.end, last)
-    if first < last:
-        copy(wanted.into[first - wanted.begin : last - wanted.begin], source[first - origin : last - origin])
-
-
-class _Memory(threading.local):
-    """Memory that each thread uses again and again: the first touch of fresh memory costs more than a copy."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def taken(self, num_bytes: int) -> memoryview:
-        if len(self._buffer) < num_bytes:
-            self._buffer = bytearray(max(num_bytes, SEGMENT_BYTES))
-        return memoryview(self._buffer)[:num_bytes]
-
-
-def _tiling(task: _Task, end: int, memory: _Memory) -> list[memoryview] | None:
-    """Return the memory that a task's bytes go to, in order, holes filled up; None if ranges overlap, or are none."""
-    if not task.ranges:
-        return None
-    spare = memory.taken(task.num_bytes)
-    parts: list[memoryview] = []
-    place = task.begin
-    for wanted in task.ranges:
-        first, last = max(wanted.begin, task.begin), min(wanted.end, end)
-        if first < place:
-            return None
-        if first > place:
-            parts.append(spare[place - task.begin : first - task.begin])
-        parts.append(wanted.into[first - wanted.begin : last - wanted.begin])
-        place = last
-    if place < end:
-        parts.append(spare[place - task.begin :])
-    return parts
-
-
-def _cut(parts: Sequence[memoryview], sizes: Sequence[int]) -> Iterator[list[memoryview]]:
-    """Yield the pieces of `parts` that make up runs of the given sizes, one after another."""
-    waiting = list(reversed(parts))
-    for size in sizes:
-        pieces: list[memoryview] = []
-        num_left = size
-        while num_left:
-            part = waiting.pop()
-            if len(part) > num_left:
-                waiting.append(part[num_left:])
-                part = part[:num_left]
-            pieces.append(part)
-            num_left -= len(part)
-        yield pieces
+            if key not in self._open:
+                self._open[key] = self._stack.enter_context(opened())
+            return self._open[key]

@@ -111,11 +111,15 @@ class Restored(Event):
     Attributes:
         seconds: How long it took, on rank 0.
         num_bytes: The checkpoint's size.
+        memory_bytes: What all ranks together have read of its data files from the memory tier.
+        storage_bytes: And from the storage.
     """
 
     kind: ClassVar[str] = "restored"
     seconds: float
     num_bytes: int
+    memory_bytes: int = 0
+    storage_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

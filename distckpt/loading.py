@@ -6,6 +6,7 @@ Invariant: unless the state is worth nothing yet, no byte of it is changed befor
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch.distributed.tensor import DTensor
 
-from distckpt import catalog, names, nodecopy, verification
+from distckpt import catalog, names, nodecopy, sharedmemory, verification
 from distckpt.applying import apply, settled
 from distckpt.checksum import digest
 from distckpt.datafiles import Reader
@@ -21,6 +22,7 @@ from distckpt.errors import CheckpointDamagedError, StateMismatchError, UsageErr
 from distckpt.events import Callback
 from distckpt.manifest import Manifest
 from distckpt.matching import Match, Part, Selection, match
+from distckpt.memorytier import KeptFiles, MemoryTier
 from distckpt.nodecopy import NodeCopy
 from distckpt.shards import Wanted, read_into, spans
 from distckpt.storage import Readable, Storage
@@ -42,6 +44,7 @@ class RestoreRequest:
         heal: Whether to put damaged checkpoints aside, as their owner may, and go on with the next older one.
         fresh: Whether what is in the state is worth nothing yet, as after a restart: then it is read into at once, and
             if no checkpoint proves good it holds anything.
+        memory_tier: Whether to read what this node's memory keeps of the checkpoint there.
         tell: Is told of a checkpoint that is put aside.
     """
 
@@ -51,6 +54,7 @@ class RestoreRequest:
     rng: bool = True
     heal: bool = False
     fresh: bool = False
+    memory_tier: bool = False
     tell: Callback = lambda event: None
 
     @property
@@ -103,6 +107,9 @@ class Loading:
         self._path = names.join(storage.url, folder)
         self._matched = Match()
         self.changes_state = False
+        self._kept = KeptFiles()
+        self._shared: dict[int, list[tuple[int, int]]] = {}
+        self._readers: list[Reader] = []
         self._copy: NodeCopy | None = None
         self._settled: list[Part] = []
         self._filled: dict[str, torch.Tensor] = {}
@@ -138,6 +145,8 @@ class Loading:
             raise StateMismatchError(
                 path=self._path, step=manifest.step, problems=self._matched.problems, fix=_advice(self._matched)
             )
+        if request.memory_tier:
+            self._kept = MemoryTier(self._storage.url).files(manifest.files)
         self._reader = self._reader_of(self._storage)
         if self._storage.capabilities.rereads_are_cheap:
             if not request.fresh:
@@ -148,14 +157,16 @@ class Loading:
             return None
         if self._matched.likes or self._world_size == 1:
             return None  # each rank reads other bytes, or there is no other
-        wanted = self._shared_spans()
-        num_bytes = sum(end - begin for each in wanted.values() for begin, end in each)
-        if not nodecopy.has_room(num_bytes):
+        self._shared = {index: each for index, each in self._shared_spans().items() if index not in self._kept}
+        num_bytes = sum(end - begin for each in self._shared.values() for begin, end in each)
+        if not num_bytes:
+            return None
+        if not sharedmemory.has_room(num_bytes):
             logger.warning(
                 "%s: no room in shared memory for %d bytes; each rank reads for itself", self._path, num_bytes
             )
             return None
-        return [nodecopy.place(), digest(repr(sorted(wanted.items())).encode())]
+        return [sharedmemory.place(), digest(repr(sorted(self._shared.items())).encode())]
 
     def _check_sizes(self, manifest: Manifest) -> None:
         """Refuse a checkpoint whose files are not as large as it says, before room is made for what they hold."""
@@ -175,8 +186,9 @@ class Loading:
         Ranks: any.
         """
         assert self.manifest is not None
-        self._copy = NodeCopy(self.manifest.files, folder=self._folder, part=part)
-        self._copy.fetch(self._reader, self._shared_spans())
+        self._part = part
+        self._copy = NodeCopy(self.manifest.files, folder=self._folder, part=part, otherwise=self._storage)
+        self._copy.fetch(self._reader, self._shared)
 
     def read(self) -> None:
         """Read into the state itself, or, if it is worth something and nothing was checked yet, to memory apart.
@@ -197,7 +209,9 @@ class Loading:
         wanted = to_read(self._matched, self._filled)
         if self._copy is not None:
             everywhere = [each for each in wanted if self._is_whole or not names.is_of_rank(each[0])]
-            read_into(self._reader_of(self._copy), self.manifest, everywhere)
+            reader = self._reader_of(self._copy)
+            read_into(reader, self.manifest, everywhere)
+            self._check_kept(reader)
             wanted = [each for each in wanted if not self._is_whole and names.is_of_rank(each[0])]
         meanwhile = self._apply_settled if self._request.fresh else None
         read_into(self._reader, self.manifest, wanted, meanwhile=meanwhile)
@@ -209,13 +223,24 @@ class Loading:
         self._settled = settled(self._matched, self._filled)
         apply(self._matched, self._filled, only=self._settled)
 
-    def apply(self) -> None:
+    def apply(self) -> Json:
         """Give the objects of the state what was read.
+
+        Returns:
+            Where this rank's bytes came from: how many from the node's memory, how many from the storage, and, if
+            something in the memory proved bad, [host, file, what is wrong, how many such files].
 
         Ranks: any.
         """
         self.changes_state = True
         apply(self._matched, self._filled, but=self._settled)
+        bad = None
+        if self._kept.refused:
+            assert self.manifest is not None
+            index, problem = min(self._kept.refused.items())
+            bad = [socket.gethostname(), self.manifest.files[index].name, problem, len(self._kept.refused)]
+        memory_bytes = sum(reader.num_kept_bytes for reader in self._readers)
+        return [memory_bytes, self._reader.num_stored_bytes, bad]
 
     def close(self) -> None:
         """Let go of what is held.
@@ -240,14 +265,17 @@ class Loading:
 
     def _reader_of(self, source: Readable) -> Reader:
         assert self.manifest is not None
-        return Reader(
+        reader = Reader(
             source,
             self._folder,
             self.manifest.files,
             path=self._path,
             step=self.manifest.step,
             first=self._rank,
+            kept=self._kept,
         )
+        self._readers.append(reader)
+        return reader
 
     def _shared_spans(self) -> dict[int, list[tuple[int, int]]]:
         """Return what all ranks want, the same on each: the whole checkpoint, or what no rank has for itself."""
@@ -261,6 +289,11 @@ class Loading:
         assert self.manifest is not None
         if self._is_whole:
             self._reader.check_rest(range(self._rank, len(self.manifest.files), self._world_size))
+
+    def _check_kept(self, reader: Reader) -> None:
+        """Check likewise what this node's ranks had no need to fetch."""
+        if self._is_whole:
+            reader.check_rest(sorted(self._kept)[self._part.number :: self._part.num_ranks])
 
 
 def _advice(matched: Match) -> str:

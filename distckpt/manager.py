@@ -52,16 +52,15 @@ class CheckpointManager:
     training, too, after the commit; only `wait` and `close` wait for that.
 
     `every="auto"` saves first after 10 steps, to see what a save costs, and then so often that the time lost to saves
-    and to failures is least (Young's and Daly's interval; see `distckpt.interval`). The choice and its predicted cost
-    are logged whenever it changes.
+    and to failures is least (see `distckpt.interval`). The choice and its predicted cost are logged when it changes.
 
     A job that saves owns its directory, from its first restore or save until it is closed: a second one fails with the
     owner's host, process and time, and a dead owner's place is taken, at once on the same host, after a minute from
     another one. Who only reads needs no ownership. What killed saves have left is deleted at the start.
 
-    A signal on any rank asks for one last save and the end of the loop. If, by the time that is left and by what saves
-    take here, the step cannot be saved, the save in flight is finished, or none is made; the log says which. In time
-    before its allocation ends, a run stops by itself. Either way the directory records that it was preempted.
+    A signal on any rank asks for one last save and the end of the loop. If the time that is left is too short for it,
+    the save in flight is finished, or none is made; the log says which. In time before its allocation ends, a run stops
+    by itself. Either way the directory records that it was preempted.
 
     Args:
         directory: The run's directory: a path, or a URL that fsspec knows, such as "s3://bucket/run-7".
@@ -86,6 +85,8 @@ class CheckpointManager:
             "warn", not to save it ("error"), or nothing is compared ("off"). Each save compares another 1 MB.
         check_finite: What happens if parameters or optimizer states hold NaN or infinities: "warn", not to save it
             ("error"), or nothing is looked at ("off"). The thread that writes looks at all that it writes.
+        memory_tier: Whether each node also keeps what its ranks write of the newest checkpoint in its shared memory, to
+            be read there after a crash; see docs/memory-tier.md.
         at: The step of the checkpoint that a new branch goes on from; restarts may leave it out.
         branch: Go on in the branch of this name, which has a directory of its own below `directory`, `branches/<name>`,
             and leaves all else there as it is. Its first restore makes it, and loads the checkpoint of step `at`.
@@ -120,6 +121,7 @@ class CheckpointManager:
         overlap: bool = True,
         check_replicas: Mode = "warn",
         check_finite: Mode = "warn",
+        memory_tier: bool = False,
         at: int | None = None,
         branch: str | None = None,
         callbacks: Sequence[Callback] = (),
@@ -151,6 +153,7 @@ class CheckpointManager:
             tenure=self._tenure,
             inspection=Inspection(replicas=check_replicas, finite=check_finite),
             overlap=overlap,
+            memory_tier=memory_tier,
             tell=self._bulletin.post,
         )
         self._restorer = Restorer(self._home, saver=self._saver, pace=self._pace, bulletin=self._bulletin)
@@ -232,8 +235,6 @@ class CheckpointManager:
 
         Raises:
             StorageError: The directory could not be read.
-
-        Ranks: any; reads the storage.
         """
         return catalog.committed(self._home.storage, catalog.scan(self._home.storage))
 
@@ -243,8 +244,6 @@ class CheckpointManager:
 
         Raises:
             StorageError: The directory could not be read.
-
-        Ranks: any; reads the storage.
         """
         return self._home.newest()
 
@@ -444,6 +443,8 @@ class CheckpointManager:
             self._closed = True
             self._saver.close()
             self._preemption.ignore()
-            if self._boundary.end(because, preempted=self.preempted) and self._channels is not None:
+            in_good_order = self._boundary.end(because, preempted=self.preempted)
+            self._saver.leave_tier(in_good_order=in_good_order)
+            if in_good_order and self._channels is not None:
                 self._channels[0].part()
             self._bulletin.deliver()

@@ -8,46 +8,20 @@ Invariant: what `NodeCopy.read` returns was checked against the digests by the r
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from distckpt import names
-from distckpt.datafiles import Range, Reader
+from distckpt.datafiles import Reader
 from distckpt.errors import StorageError
 from distckpt.manifest import DataFile
-from distckpt.storage import Capabilities
+from distckpt.readtasks import Range
+from distckpt.sharedmemory import SHARED_MEMORY
+from distckpt.storage import Capabilities, Readable, read_scattered
 from distckpt.values import Json
-
-SHARED_MEMORY = Path("/dev/shm")
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
-_SPARE = 0.9  # of the free shared memory, the most that is taken
-
-
-def place() -> list[str | int] | None:
-    """Return what two processes have in common only if they see one shared memory; None if there is none."""
-    try:
-        facts = SHARED_MEMORY.stat()
-        boot = _BOOT.read_text().strip()
-    except OSError:
-        return None
-    return [boot, facts.st_dev, facts.st_ino] if os.access(SHARED_MEMORY, os.W_OK | os.X_OK) else None
-
-
-def has_room(num_bytes: int) -> bool:
-    """Say whether so many bytes fit into shared memory, and into what the system has left."""
-    try:
-        free = shutil.disk_usage(SHARED_MEMORY).free
-    except OSError:
-        return False
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = min(free, next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")))
-    return num_bytes <= _SPARE * free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +84,13 @@ class NodeCopy:
         files: The checkpoint's data files.
         folder: The checkpoint's folder, as the reader names it.
         part: This rank's part of the work.
+        otherwise: Where the files are read that nothing was fetched of.
 
     Attributes:
         capabilities: It is memory.
     """
 
-    def __init__(self, files: Sequence[DataFile], *, folder: str, part: Part) -> None:
+    def __init__(self, files: Sequence[DataFile], *, folder: str, part: Part, otherwise: Readable) -> None:
         self.capabilities = Capabilities(
             exclusive_publish=False, survives_power_loss=False, shared=False, rereads_are_cheap=True
         )
@@ -123,6 +98,7 @@ class NodeCopy:
         self._prefix = f"{folder}/" if folder else ""
         self._part = part
         self._folder = SHARED_MEMORY / f"distckpt-{part.token}"
+        self._otherwise = otherwise
         self._fds: dict[str, int] = {}
 
     def close(self) -> None:
@@ -147,7 +123,7 @@ class NodeCopy:
         """
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            memory = [self._opened(file) for file in self._files]
+            memory = {index: self._opened(self._files[index]) for index in spans}
         except OSError as error:
             raise StorageError(
                 path=str(self._folder), action="write", cause=error.strerror or str(error), errno=error.errno
@@ -172,7 +148,10 @@ class NodeCopy:
 
     def read_scattered(self, name: str, offset: int, into: Sequence[memoryview]) -> None:
         """Fill several buffers, as `ScatteringStorage` does."""
-        fd = self._fds[name.removeprefix(self._prefix)]
+        fd = self._fds.get(name.removeprefix(self._prefix))
+        if fd is None:
+            read_scattered(self._otherwise, name, offset, into)
+            return
         for view in into:
             num_read = 0
             while num_read < len(view):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,17 +26,34 @@ from distckpt.ranks import Ranks
 from distckpt.storage import Storage
 from distckpt.values import Json
 
-__all__ = ["RestoreRequest", "restore"]
+__all__ = ["Loaded", "RestoreRequest", "restore"]
 
 logger = logging.getLogger("distckpt")
 
 _TORN = "The state now holds parts of what was read: load another checkpoint, or build it anew, before going on."
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What was loaded.
+
+    Attributes:
+        path: Its path or URL.
+        manifest: Its manifest.
+        memory_bytes: What all ranks together have read of its data files from their nodes' memory.
+        storage_bytes: And from the storage.
+    """
+
+    path: str
+    manifest: Manifest
+    memory_bytes: int = 0
+    storage_bytes: int = 0
+
+
 @kept_off()
 def restore(
     state: Mapping[str, Any], request: RestoreRequest, *, storage: Storage, ranks: Ranks, origin: Origin | None = None
-) -> tuple[str, Manifest] | None:
+) -> Loaded | None:
     """Load a checkpoint into `state`, on every rank the same.
 
     Args:
@@ -47,7 +64,7 @@ def restore(
         origin: What the directory's branch went off from: older than all that is there, and never put aside.
 
     Returns:
-        The path and manifest of what was loaded; None if the directory holds no checkpoint, and never had one.
+        What was loaded; None if the directory holds no checkpoint, and never had one.
 
     Raises:
         StateMismatchError: The checkpoint does not fit; the state is as it was.
@@ -137,7 +154,7 @@ def _restore(
     storage: Storage,
     ranks: Ranks,
     origin: Origin | None,
-) -> tuple[str, Manifest] | None:
+) -> Loaded | None:
     """Restore, and note in `changed` whether a try has changed the state."""
     left_out: set[str] = set()
     again: set[str] = set()
@@ -154,8 +171,8 @@ def _restore(
         if origin is not None and chosen["is_origin"]:
             place, asked = origin.storage, replace(request, heal=False)  # it is not this job's to put aside
         found = _load(state, asked, chosen, known.pop(folder, None), changed, storage=place, ranks=ranks)
-        if isinstance(found, Manifest):
-            return names.join(place.url, folder), found
+        if isinstance(found, Loaded):
+            return found
         if found["vanished"]:
             continue
         if not found["confirmed"] and folder not in again:
@@ -251,8 +268,8 @@ def _load(
     *,
     storage: Storage,
     ranks: Ranks,
-) -> Manifest | Json:
-    """Load the chosen checkpoint; return its manifest, or what rank 0 found out about its damage."""
+) -> Loaded | Json:
+    """Load the chosen checkpoint; return what was loaded, or what rank 0 found out about its damage."""
     folder = chosen["folder"]
     shown = folder or names.MANIFEST
     loading = Loading(
@@ -284,10 +301,23 @@ def _load(
                 verdict = ranks.agree(f"restore: {action} {shown}", partial(_told, step), judge)
         if verdict["found"] is not None:
             return verdict["found"]
-        ranks.agree(f"restore: loading {shown}", loading.apply, lambda _: None)
+        memory_bytes, storage_bytes = ranks.agree(f"restore: loading {shown}", loading.apply, _added_up)
     loading.warn()
     assert loading.manifest is not None
-    return loading.manifest
+    path = names.join(storage.url, folder)
+    return Loaded(path=path, manifest=loading.manifest, memory_bytes=memory_bytes, storage_bytes=storage_bytes)
+
+
+def _added_up(facts: list[Json]) -> Json:
+    """Rank 0: return what all ranks have read from their nodes' memory, and from the storage; tell what was bad."""
+    bad = [fact[2] for fact in facts if fact[2] is not None]
+    if bad:
+        logger.warning(
+            "%s: %r in the memory tier %s; it was read from the storage instead%s",
+            *bad[0][:3],
+            "" if len(bad) == 1 and bad[0][3] == 1 else f", and so were others, on {len(bad)} ranks",
+        )
+    return [sum(fact[0] for fact in facts), sum(fact[1] for fact in facts)]
 
 
 @contextlib.contextmanager

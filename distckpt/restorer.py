@@ -19,7 +19,7 @@ from distckpt.events import Restored
 from distckpt.manifest import Manifest
 from distckpt.pace import Pace, past_uptimes
 from distckpt.ranks import Ranks
-from distckpt.restore import RestoreRequest, branch_off, is_torn, restore, warn_of_newer
+from distckpt.restore import Loaded, RestoreRequest, branch_off, is_torn, restore, warn_of_newer
 from distckpt.saver import Saver
 
 logger = logging.getLogger("distckpt")
@@ -88,6 +88,7 @@ class Restorer:
         manifest = self._load(state, request, ranks=ranks, origin=origin)
         if owns:
             self._saver.sweep()
+            self._saver.sweep_tier(manifest)
             if request.step is not None:
                 warn_of_newer(request.step, storage=self._home.storage, ranks=ranks)
         self._pace.restart(0 if manifest is None else manifest.step)
@@ -104,7 +105,7 @@ class Restorer:
     ) -> Manifest | None:
         """Load, tell of it, and return the manifest of what was loaded; None on a fresh directory."""
         fresh = request.step is None and self._is_unused
-        request = replace(request, fresh=fresh, tell=self._bulletin.post)
+        request = replace(request, fresh=fresh, memory_tier=self._saver.uses_tier, tell=self._bulletin.post)
         self._is_unused, self._has_begun = False, True
         begun = time.monotonic()
         try:
@@ -117,11 +118,26 @@ class Restorer:
         if loaded is None:
             self._bulletin.post(Restored(step=0, seconds=seconds, num_bytes=0))
             return None
-        _, manifest = loaded
-        self._bulletin.post(Restored(step=manifest.step, seconds=seconds, num_bytes=manifest.num_bytes))
+        manifest = loaded.manifest
+        self._bulletin.post(
+            Restored(
+                step=manifest.step,
+                seconds=seconds,
+                num_bytes=manifest.num_bytes,
+                memory_bytes=loaded.memory_bytes,
+                storage_bytes=loaded.storage_bytes,
+            )
+        )
         if ranks.rank == 0:
             logger.info(
-                "restored step %d from %s: %.1f MB in %.2f s",
+                "restored step %d from %s: %.1f MB in %.2f s%s",
                 *(manifest.step, self._home.storage.url, manifest.num_bytes / 1e6, seconds),
+                _sources(loaded) if request.memory_tier else "",
             )
         return manifest
+
+
+def _sources(loaded: Loaded) -> str:
+    """Return where the bytes came from, in words."""
+    read = f"{loaded.memory_bytes / 1e6:.1f} MB from the memory tier"
+    return f"; read {read}, {loaded.storage_bytes / 1e6:.1f} MB from the storage"

@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from distckpt import catalog, names
 from distckpt.background import Pruner, PruneRequest, Writing
-from distckpt.commit import commit
+from distckpt.commit import Look, commit
 from distckpt.errors import SaveInFlightError, StorageFullError, UsageError
 from distckpt.events import Callback, Saved, SaveFailed, SaveSkipped
 from distckpt.inspection import Inspection
 from distckpt.manifest import Layout, Manifest
+from distckpt.memorytier import MemoryTier
 from distckpt.pace import Pace
 from distckpt.preparation import PreparedSave, SaveRequest, prepare, prewarm
 from distckpt.progress import Progress
@@ -47,11 +49,13 @@ class Saver:
         tenure: The job's ownership of the directory.
         inspection: Looks at what is saved.
         overlap: Whether a GPU's training goes on while what changes only in an optimizer's step is copied.
+        memory_tier: Whether the node's memory keeps a copy of the newest checkpoint.
         tell: Is told of what is saved, and what not, on the thread where that happens.
 
     Attributes:
         storage: The run's directory.
         num_skipped: How many saves were skipped because one was in flight.
+        uses_tier: Whether the node's memory keeps a copy of the newest checkpoint.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Saver:
         tenure: Tenure,
         inspection: Inspection | None = None,
         overlap: bool = True,
+        memory_tier: bool = False,
         tell: Callback = lambda event: None,
     ) -> None:
         self.storage = storage
@@ -80,6 +85,8 @@ class Saver:
         self._config = None if config is None else dict(config)
         self._inspection = inspection
         self._overlap = overlap
+        self._tier = MemoryTier(storage.url)
+        self.uses_tier = memory_tier
         self._workspace = Workspace()
         self._writing = Writing()
         self._tenure = tenure
@@ -158,6 +165,20 @@ class Saver:
             self._has_swept = True
             self._pruner.sweep(self.storage)
         return begins
+
+    def sweep_tier(self, resumed: Manifest | None) -> None:
+        """Remove what this run's earlier jobs left in this node's memory, but for the checkpoint that was restored.
+
+        Ranks: any, before a save begins; of a directory that this job owns.
+        """
+        self._tier.sweep(resumed.attempt if resumed is not None and self.uses_tier else None)
+
+    def leave_tier(self, *, in_good_order: bool) -> None:
+        """Let go of the memory tier; a job that has saved and ends in good order takes it along.
+
+        Ranks: any, once no save is in flight.
+        """
+        self._tier.leave(in_good_order=in_good_order and self.uses_tier and self._tenure.has_begun)
 
     def prewarm(self, state: Mapping[str, Any], *, ranks: Ranks) -> int:
         """Plan and allocate what a save of `state` needs; return this rank's bytes.
@@ -322,7 +343,8 @@ class Saver:
         step, writing_since = prepared.request.step, time.monotonic()
         self._under_way = prepared
         try:
-            done = commit(prepared, ranks=ranks, storage=self.storage, insist=self._tenure.insist)
+            with self._copying(prepared, ranks.rank) as copy:
+                done = commit(prepared, ranks=ranks, storage=self.storage, insist=self._tenure.insist, also=copy)
         except BaseException as error:
             self._tell(SaveFailed.of(error, step=step))
             raise
@@ -355,6 +377,12 @@ class Saver:
             )
         )
         self._pruner.start(self.storage, PruneRequest(newest=step, resumed_from=self._resumed_from))
+
+    def _copying(self, prepared: PreparedSave, rank: int) -> AbstractContextManager[Look | None]:
+        """Copy what is written to the memory tier, if there is to be one, and this rank writes something."""
+        if not self.uses_tier or prepared.staged is None:
+            return nullcontext()
+        return self._tier.copying(prepared.attempt, rank=rank, num_bytes=prepared.staged.plan.num_bytes)
 
 
 def _checked(metrics: Mapping[str, float] | None) -> dict[str, float]:

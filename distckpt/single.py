@@ -117,5 +117,4 @@ def load(
     loaded = restore(state, request, storage=storage, ranks=Ranks(timeout_s=timeout_s))
     if loaded is None:
         raise AssertionError("a load without healing either loads or raises")
-    folder, manifest = loaded
-    return describe(storage, manifest, folder=folder)
+    return describe(storage, loaded.manifest, folder=loaded.path)

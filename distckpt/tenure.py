@@ -47,6 +47,11 @@ class Tenure:
         self._run: str | None = None
 
     @property
+    def has_begun(self) -> bool:
+        """Whether this job has taken the directory, or goes on without a lease."""
+        return self._has_begun
+
+    @property
     def is_owner(self) -> bool:
         """Whether this is rank 0, and holds the lease as far as it knows."""
         return self._lease is not None and self._lease.still_held()

@@ -88,6 +88,20 @@ def test_torch_is_imported_only_when_it_is_needed(command: list[str]) -> None:
     assert not imported & {"torch", "torchvision", "numpy.random", "s3fs"}
 
 
+def test_a_restart_imports_neither_dcp_nor_clients_of_object_stores() -> None:
+    said = "import sys, distckpt; distckpt.CheckpointManager('somewhere'); print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", said],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    imported = set(run.stdout.split())
+    assert "distckpt.commit" in imported
+    assert not imported & {"torch.distributed.checkpoint", "s3fs", "aiobotocore", "obstore", "torchvision"}
+
+
 @pytest.mark.parametrize("file", MODULES, ids=module_name)
 def test_every_module_says_what_it_holds(file: Path) -> None:
     assert ast.get_docstring(ast.parse(file.read_text()))

@@ -2,7 +2,8 @@
 
 JSON: {"url", "seed", "ranks", "layout", "kills", "kills_in_save", "acknowledged" (saves), "lost" (steps), "wrong",
 "failed", "damaged" (texts), "most_abandoned" (saves that lay there after a kill without being committed), "left_over"
-(abandoned saves and temporary files at the end), "seconds", "kept" (whether the folder is still there), "fine"}.
+(abandoned saves and temporary files at the end), "from_memory" (starts that read no data from the storage), "seconds",
+"kept" (whether the folder is still there), "fine"}.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ NumRanks = Annotated[int, typer.Option("--ranks", metavar="N", min=1, help="How 
 LayoutOption = Annotated[LayoutName, typer.Option(help="Who writes: all ranks, or rank 0.")]
 Megabytes = Annotated[float, typer.Option(metavar="MB", min=0.01, help="The size of the state.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of the moments of the kills, the model and the data.")]
+MemoryTierOption = Annotated[
+    bool, typer.Option("--memory-tier", help="Let the job keep its newest checkpoint in this machine's memory, too.")
+]
 Keep = Annotated[bool, typer.Option("--keep", help="Leave the folder; it also stays if anything was wrong.")]
 
 
@@ -53,6 +57,7 @@ def torture(
     layout: LayoutOption = LayoutName.SHARDED,
     megabytes: Megabytes = 4.0,
     seed: Seed = 0,
+    memory_tier: MemoryTierOption = False,
     keep: Keep = False,
     as_json: AsJson = False,
     storage_options: StorageOptions = None,
@@ -72,6 +77,7 @@ def torture(
         layout=layout.value,
         megabytes=megabytes,
         seed=seed,
+        memory_tier=memory_tier,
         keep=keep,
         storage_options=storage_options,
     )
@@ -79,7 +85,7 @@ def torture(
     if as_json:
         terminal.print_json(_facts(settings, report))
     else:
-        _print(report)
+        _print(settings, report)
     if not report.is_fine:
         raise typer.Exit(Exit.DIFFERENT)
 
@@ -112,13 +118,15 @@ def _facts(settings: Settings, report: Report) -> dict[str, Any]:
         "damaged": report.damaged,
         "most_abandoned": report.most_abandoned,
         "left_over": report.left_over,
+        "from_memory": report.from_memory,
         "seconds": report.duration_s,
         "kept": report.is_kept,
         "fine": report.is_fine,
     }
 
 
-def _print(report: Report) -> None:
+def _print(settings: Settings, report: Report) -> None:
+    memory = {"starts from memory": f"{report.from_memory}; {report.most_in_memory} saves there at most after a kill"}
     rows = {
         "kills": f"{report.kills}, of these {report.kills_in_save} in a save",
         "acknowledged saves": f"{report.acknowledged}",
@@ -127,6 +135,7 @@ def _print(report: Report) -> None:
         "failed starts": _counted(report.failed),
         "damaged at the end": _counted(report.damaged),
         "abandoned saves": f"{report.most_abandoned} at most after a kill",
+        **(memory if settings.memory_tier else {}),
         "left over": f"{report.left_over} at the end",
         "took": f"{report.duration_s:.0f} s",
     }

@@ -32,6 +32,7 @@ class Job:
         num_saves: Checkpoints that it committed.
         restore_s: How long its restore took, in seconds; None if it restored nothing.
         restore_bytes: How much it restored.
+        restore_memory: Whether all that it read for that came from its nodes' memory; False if only some did, or none.
         ending: How it ended; "killed": without a word; "unknown": it cannot be told.
         reason: Why, in a few words.
     """
@@ -49,6 +50,7 @@ class Job:
     num_saves: int
     restore_s: float | None = None
     restore_bytes: int | None = None
+    restore_memory: bool = False
     ending: Ending
     reason: str | None = None
 
@@ -91,6 +93,7 @@ def _job(number: int, name: str, events: list[Event]) -> Job:
         num_saves=sum(event.kind == "saved" for event in events),
         restore_s=restored.number("seconds") if restored.step else None,
         restore_bytes=restored.whole("num_bytes") if restored.step else None,
+        restore_memory=bool(restored.whole("memory_bytes")) and restored.whole("storage_bytes") == 0,
         ending=ending if ending in get_args(Said) else "killed",  # type: ignore[arg-type]
         reason=end.text("reason"),
     )

@@ -57,7 +57,7 @@ def job_table(facts: Facts) -> Markup:
 def _job_cells(job: Job) -> list[str]:
     restore = "" if job.restore_s is None else duration_text(job.restore_s)
     if restore and job.restore_bytes:
-        restore += f" for {size_text(job.restore_bytes)}"
+        restore += f" for {size_text(job.restore_bytes)}" + (" from memory" if job.restore_memory else "")
     first, last = job.first_step, job.last_step
     steps = "" if last is None else f"{last:,}" if first is None else f"{first:,} → {last:,}"
     ending = status(job.ending, job.ending)

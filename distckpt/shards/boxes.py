@@ -13,8 +13,9 @@ from operator import add, itemgetter, sub
 
 import torch
 
-from distckpt.datafiles import Range, Reader
+from distckpt.datafiles import Reader
 from distckpt.manifest import Chunk, Manifest, TensorEntry
+from distckpt.readtasks import Range
 from distckpt.safetensors import ITEM_BYTES
 from distckpt.tensors import DTYPES, Box, memory
 

@@ -8,13 +8,13 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from distckpt import names
+from distckpt import datafiles, names
 from distckpt.datafiles import segment_sizes
 from distckpt.errors import CheckpointExistsError, DistckptError, RankFailedError, UsageError
 from distckpt.manifest import (
@@ -32,6 +32,7 @@ from distckpt.manifest import (
     tensors_text,
 )
 from distckpt.plan import Block
+from distckpt.staging import Staged
 from distckpt.storage import Storage
 from distckpt.values import Json
 from distckpt.version import __version__
@@ -86,6 +87,39 @@ class RankShare:
         name = names.rank_file(attempt, rank)
         file = DataFile(name=name, rank=rank, num_bytes=num_bytes, segments=segments)
         return cls(file=file, blocks=of_file, offsets=offsets)
+
+
+def write_share(
+    storage: Storage,
+    folder: str,
+    attempt: str,
+    *,
+    rank: int,
+    staged: Staged | None,
+    look: Callable[[int, memoryview], None] | None = None,
+) -> RankShare:
+    """Write a rank's share to its data file, and return what was written; durable when this returns.
+
+    Args:
+        storage: The storage.
+        folder: The checkpoint's folder in it.
+        attempt: The save's name.
+        rank: This rank.
+        staged: What to write; None if this rank writes nothing.
+        look: Is called with each piece of the file and where it begins, in order.
+
+    Raises:
+        StorageError: It could not be written; the file is not there.
+
+    Ranks: any.
+    """
+    if staged is None:
+        return RankShare(file=None, blocks=(), offsets=())
+    plan = staged.plan
+    name = names.rank_file(attempt, rank)
+    file = datafiles.write(storage, folder, name, rank=rank, parts=staged.parts(), num_bytes=plan.num_bytes, look=look)
+    storage.sync([names.join(folder, name)])
+    return RankShare(file=file, blocks=plan.blocks, offsets=plan.offsets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

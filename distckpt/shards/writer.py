@@ -1,9 +1,9 @@
-"""Writing a rank's share, and DCP's storage writer on top of it."""
+"""DCP's storage writer, on top of writing a rank's share."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,48 +14,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from distckpt import datafiles, names
+from distckpt import names
 from distckpt.errors import UnsupportedStateError, UsageError
 from distckpt.manifest import ObjectEntry
 from distckpt.plan import Block, in_file_order
-from distckpt.shards.share import Header, RankShare, assemble, publish
-from distckpt.staging import Staged, stage_once
+from distckpt.shards.share import Header, RankShare, assemble, publish, write_share
+from distckpt.staging import stage_once
 from distckpt.storage import Storage, open_storage
 from distckpt.tensors import DTYPE_NAMES
 from distckpt.values import Json, encode
-
-
-def write_share(
-    storage: Storage,
-    folder: str,
-    attempt: str,
-    *,
-    rank: int,
-    staged: Staged | None,
-    look: Callable[[int, memoryview], None] | None = None,
-) -> RankShare:
-    """Write a rank's share to its data file, and return what was written; durable when this returns.
-
-    Args:
-        storage: The storage.
-        folder: The checkpoint's folder in it.
-        attempt: The save's name.
-        rank: This rank.
-        staged: What to write; None if this rank writes nothing.
-        look: Is called with each piece of the file and where it begins, in order.
-
-    Raises:
-        StorageError: It could not be written; the file is not there.
-
-    Ranks: any.
-    """
-    if staged is None:
-        return RankShare(file=None, blocks=(), offsets=())
-    plan = staged.plan
-    name = names.rank_file(attempt, rank)
-    file = datafiles.write(storage, folder, name, rank=rank, parts=staged.parts(), num_bytes=plan.num_bytes, look=look)
-    storage.sync([names.join(folder, name)])
-    return RankShare(file=file, blocks=plan.blocks, offsets=plan.offsets)
 
 
 def _planned(plan: SavePlan, planner: SavePlanner) -> list[tuple[Block, torch.Tensor]]:

@@ -5,6 +5,7 @@ Invariant: it touches nothing on the user's storage but one fresh folder, and en
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import random
@@ -21,7 +22,9 @@ from typing import Any
 
 from distckpt import catalog, verification
 from distckpt.errors import DistckptError
+from distckpt.logfolder import EVENTS_NAME
 from distckpt.manifest import Layout
+from distckpt.memorytier import MemoryTier
 from distckpt.names import join
 from distckpt.storage import Storage, open_storage
 from distckpt.torture.journal import Line, judge, read
@@ -50,6 +53,7 @@ class Settings:
         seed: Of everything that is random.
         keep: Whether to leave the folder.
         storage_options: What fsspec's file system of the URL takes.
+        memory_tier: Whether the job keeps its newest checkpoint in this machine's memory.
     """
 
     url: str
@@ -62,6 +66,7 @@ class Settings:
     seed: int = 0
     keep: bool = False
     storage_options: Mapping[str, Any] | None = None
+    memory_tier: bool = False
 
 
 @dataclass(kw_only=True)
@@ -78,6 +83,8 @@ class Report:
         failed: Starts that came to nothing, with the end of a rank's log.
         damaged: Checkpoints at the end that are not whole, in words.
         most_abandoned: The largest number of abandoned saves that lay there after a kill.
+        from_memory: How many starts read all data from this machine's memory.
+        most_in_memory: The largest number of saves of which something lay there after a kill.
         left_over: What lay there at the end besides the checkpoints: abandoned saves and temporary files.
         duration_s: How long it took, in seconds.
         is_kept: Whether the folder is still there.
@@ -92,6 +99,8 @@ class Report:
     failed: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     most_abandoned: int = 0
+    from_memory: int = 0
+    most_in_memory: int = 0
     left_over: int = 0
     duration_s: float = 0.0
     is_kept: bool = True
@@ -130,6 +139,7 @@ def run(
             campaign.finish()
     finally:
         report.duration_s = time.monotonic() - begun
+        MemoryTier(report.directory).leave(in_good_order=True)
         if report.is_fine and not settings.keep:
             _remove(outer, name)
             report.is_kept = False
@@ -182,6 +192,7 @@ class _Campaign:
             if any(rank.exitcode != 0 for rank in ranks):
                 self._failed("the last start did not come to its end")
         self._judge(must_resume=True, ranks=ranks)
+        self._report.from_memory = self._count_from_memory()
         self._report.left_over = self._count_abandoned() + sum(f.name.endswith(".tmp") for f in self._storage.list())
         for folder in catalog.scan(self._storage):
             if folder.damaged:
@@ -228,6 +239,7 @@ class _Campaign:
             "width": max(4, round(math.sqrt(settings.megabytes * 1e6 / 24))),
             "every": settings.every,
             "most_steps": most_steps,
+            "memory_tier": settings.memory_tier,
         }
 
     def _await_moment(self, ranks: list[BaseProcess], *, early: bool) -> bool:
@@ -302,6 +314,7 @@ class _Campaign:
     def _look(self) -> None:
         """See what the kill has left."""
         self._report.most_abandoned = max(self._report.most_abandoned, self._count_abandoned())
+        self._report.most_in_memory = max(self._report.most_in_memory, len(MemoryTier(self._storage.url).attempts()))
         mine = [line for line in read(self._folder, 0) if line.leg == self._leg]
         begun = {line.step for line in mine if line.event == "saving"}
         committed = {folder.step for folder in catalog.scan(self._storage) if folder.committed}
@@ -315,6 +328,12 @@ class _Campaign:
             parts = {file.name.split("/")[1] for file in folder.files if file.name.count("/") > 1}
             num_abandoned += max(0, len(parts) - folder.committed)
         return num_abandoned
+
+    def _count_from_memory(self) -> int:
+        """Return how many starts have read all data from this machine's memory."""
+        events = self._folder / EVENTS_NAME
+        lines = [json.loads(line) for line in events.read_text().splitlines() if line.endswith("}")]
+        return sum(bool(line.get("memory_bytes")) and line["storage_bytes"] == 0 for line in lines)
 
 
 def _remove(outer: Storage, name: str) -> None:

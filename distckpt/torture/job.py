@@ -20,6 +20,8 @@ from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, though not in its __all__
 
 from distckpt.checksum import digest
+from distckpt.events import EventLog
+from distckpt.logfolder import EVENTS_NAME
 from distckpt.manager import CheckpointManager
 from distckpt.manifest import Layout
 from distckpt.state import PerRank
@@ -47,6 +49,7 @@ class Task:
         width: The model's width; its state takes 24 bytes times the square of that.
         every: Save each so many steps.
         most_steps: Leave after so many.
+        memory_tier: Whether to keep the newest checkpoint in this machine's memory.
     """
 
     directory: str
@@ -60,6 +63,7 @@ class Task:
     width: int
     every: int
     most_steps: int
+    memory_tier: bool = False
 
 
 def run_rank(task: Task, rank: int) -> None:
@@ -86,6 +90,8 @@ def run_rank(task: Task, rank: int) -> None:
         timeout_s=TIMEOUT_S,
         storage_options=task.storage_options,
         signals=(),
+        memory_tier=task.memory_tier,
+        callbacks=[EventLog(task.folder / EVENTS_NAME)],
     ) as checkpoints:
         _train(task, state, checkpoints, Journal(task.folder, leg=task.leg, rank=rank))
     dist.destroy_process_group()

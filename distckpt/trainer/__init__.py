@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from distckpt.garbage import kept_off
+
 if TYPE_CHECKING:
     from distckpt.trainer.command_line import parse_config
     from distckpt.trainer.config import (
@@ -57,7 +59,8 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"distckpt.trainer.{home}"), name)
+    with kept_off():  # torch, as it is imported, would be walked over again and again
+        return getattr(importlib.import_module(f"distckpt.trainer.{home}"), name)
 
 
 def __dir__() -> list[str]:

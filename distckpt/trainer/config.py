@@ -157,6 +157,9 @@ class CheckpointConfig:
     """All ranks write their share, or rank 0 writes everything."""
     background: bool = True
     """Whether training goes on while a checkpoint is written."""
+    memory_tier: bool = False
+    """Whether each node also keeps what its ranks write of the newest checkpoint in /dev/shm, to restart from it after
+    a crash without reading the storage."""
     timeout_s: float = 1800.0
     """Longest wait for storage and for other ranks, in seconds."""
     storage_options: dict[str, Any] | None = None

@@ -177,6 +177,7 @@ def _manager(config: TrainConfig, images: Images, record: dict[str, Any], audien
         when_busy=checkpoint.when_busy,
         check_replicas=checkpoint.check_replicas,
         check_finite=checkpoint.check_finite,
+        memory_tier=checkpoint.memory_tier,
         callbacks=[EventLog(folder / EVENTS_NAME), audience],
     )
 

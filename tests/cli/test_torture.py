@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from distckpt.memorytier import MemoryTier
 from distckpt.torture.journal import Event, Journal, Line, judge, read
 
 FIELDS = {
     "url", "seed", "ranks", "layout", "kills", "kills_in_save", "acknowledged", "lost", "wrong", "failed", "damaged",
-    "most_abandoned", "left_over", "seconds", "kept", "fine",
+    "most_abandoned", "left_over", "from_memory", "seconds", "kept", "fine",
 }  # fmt: skip
 
 
@@ -31,15 +32,19 @@ def facts(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["sharded", "full"])
-def test_a_job_that_is_killed_comes_back_to_what_it_was_told_is_safe(tmp_path: Path, layout: str) -> None:
-    process = torture(tmp_path, "--kills", 10, "--megabytes", 0.5, "--seed", 3, "--layout", layout)
+@pytest.mark.parametrize(("layout", "memory"), [("sharded", ["--memory-tier"]), ("full", [])])
+def test_a_job_that_is_killed_comes_back_to_what_it_was_told_is_safe(
+    tmp_path: Path, layout: str, memory: list[str]
+) -> None:
+    process = torture(tmp_path, "--kills", 10, "--megabytes", 0.5, "--seed", 3, "--layout", layout, *memory)
     found = facts(process)
     assert process.returncode == 0, found
     assert found.keys() == FIELDS
     assert (found["kills"], found["lost"], found["wrong"], found["failed"], found["damaged"]) == (10, [], [], [], [])
     assert found["acknowledged"] > 0
     assert found["left_over"] <= found["kills_in_save"]
+    assert bool(found["from_memory"]) == bool(memory)
+    assert not MemoryTier(found["url"]).path.exists()
     assert list(tmp_path.iterdir()) == [], "it leaves nothing"
 
 
@@ -61,10 +66,11 @@ def test_checkpoints_that_somebody_deletes_meanwhile_are_missed(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
 @pytest.mark.parametrize("layout", ["sharded", "full"])
-@pytest.mark.parametrize("place", ["local", "s3"])
+@pytest.mark.parametrize("place", ["local", "s3", "memory"])
 def test_nothing_is_lost_in_a_long_run(request: pytest.FixtureRequest, tmp_path: Path, place: str, layout: str) -> None:
-    url = tmp_path if place == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/torture"
-    process = torture(url, "--kills", 100 if place == "local" else 30, "--layout", layout)
+    url = f"s3://{request.getfixturevalue('s3_bucket')}/torture" if place == "s3" else tmp_path
+    memory = ["--memory-tier"] if place == "memory" else []
+    process = torture(url, "--kills", 30 if place == "s3" else 100, "--layout", layout, *memory)
     said, _ = process.communicate(timeout=5300)
     found = json.loads(said)
     print(found)

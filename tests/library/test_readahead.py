@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from distckpt import names, readahead
 from distckpt.datafiles import write
 from distckpt.errors import StorageError
 from distckpt.manifest import Manifest, serialize
+from distckpt.memorytier import MemoryTier
 from distckpt.storage import LocalStorage, OpenFile
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -71,6 +73,31 @@ def noted(directory: Path) -> tuple[readahead.Prefetch, list[tuple[str, int, int
     ahead = readahead.Prefetch(storage)
     ahead.wait(60)
     return ahead, storage.touched
+
+
+def test_as_a_context_it_keeps_the_collector_off_as_long_as_it_lasts(tmp_path: Path) -> None:
+    before = gc.get_freeze_count()
+    try:
+        with distckpt.prefetch(tmp_path) as ahead:
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+        ahead.wait(60)
+    finally:
+        gc.unfreeze()
+
+
+def test_what_the_nodes_memory_keeps_is_not_read_ahead(tmp_path: Path) -> None:
+    [first, *others] = checkpoint(tmp_path, 1)
+    tier = MemoryTier(str(tmp_path))
+    with tier.copying(first.parent.name, rank=0, num_bytes=first.stat().st_size) as copy:
+        copy(0, memoryview(first.read_bytes()))
+    storage = Noting(tmp_path)
+    for memory_tier, files in ((True, others), (False, [first, *others])):
+        storage.touched = []
+        readahead.Prefetch(storage, memory_tier=memory_tier).wait(60)
+        assert {name for name, _, _ in storage.touched} == {str(file.relative_to(tmp_path)) for file in files}
+    tier.leave(in_good_order=True)
 
 
 def test_all_of_the_newest_checkpoint_is_read_and_nothing_of_an_older_one(tmp_path):

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import distckpt
-from distckpt import CheckpointManager, nodecopy
-from distckpt.datafiles import SEGMENT_BYTES, Range, Reader, write
+from distckpt import CheckpointManager, nodecopy, sharedmemory
+from distckpt.datafiles import SEGMENT_BYTES, Reader, write
 from distckpt.errors import CheckpointDamagedError, StateMismatchError, UsageError
 from distckpt.nodecopy import NodeCopy, Part
+from distckpt.readtasks import Range
 from distckpt.storage import CountingStorage, LocalStorage
 
 NAME = "attempt/rank-00000.safetensors"
@@ -226,20 +227,21 @@ def test_a_restart_that_does_not_fit_changes_nothing(tmp_path: Path):
         ckpt.save(2, state)
 
 
-@pytest.mark.skipif(nodecopy.place() is None, reason="no shared memory")
+@pytest.mark.skipif(sharedmemory.place() is None, reason="no shared memory")
 def test_a_node_brings_each_byte_once_and_leaves_no_file(stored: tuple[CountingStorage, Any, bytes]):
     storage, file, data = stored
     spans = {0: [(0, file.num_bytes)]}
     copies = [
-        NodeCopy([file], folder="one", part=Part(token="t" * 16, number=number, num_ranks=3)) for number in range(3)
+        NodeCopy([file], folder="one", part=Part(token="t" * 16, number=number, num_ranks=3), otherwise=storage)
+        for number in range(3)
     ]
-    before = set(nodecopy.SHARED_MEMORY.iterdir())
+    before = set(sharedmemory.SHARED_MEMORY.iterdir())
     for copy in copies:
         copy.fetch(reader_of(stored), spans)
     assert storage.counted("read").num_bytes == file.num_bytes
     for copy in copies:
         copy.forget_names()
-    assert set(nodecopy.SHARED_MEMORY.iterdir()) == before
+    assert set(sharedmemory.SHARED_MEMORY.iterdir()) == before
     for copy in copies:
         into = memoryview(bytearray(file.num_bytes))
         Reader(copy, "one", [file], path="one", step=1).fill({0: [Range(begin=0, into=into)]})
@@ -248,8 +250,8 @@ def test_a_node_brings_each_byte_once_and_leaves_no_file(stored: tuple[CountingS
 
 
 def test_no_room_in_shared_memory_is_noticed():
-    assert not nodecopy.has_room(1 << 60)
-    assert nodecopy.has_room(1)
+    assert not sharedmemory.has_room(1 << 60)
+    assert sharedmemory.has_room(1)
 
 
 def parts(places: list[Any]) -> list[tuple[str, int, int] | None]:

@@ -7,10 +7,10 @@ import shared_reading_jobs
 from rank_pool import RankPools
 from s3_server import S3Server
 
-from distckpt import nodecopy
+from distckpt import sharedmemory
 
 STATE_BYTES = 4 * (3_000_000 + 20 * 10)
-pytestmark = pytest.mark.skipif(nodecopy.place() is None, reason="no shared memory")
+pytestmark = pytest.mark.skipif(sharedmemory.place() is None, reason="no shared memory")
 
 
 @pytest.fixture
@@ -29,11 +29,11 @@ def test_a_restore_reads_each_byte_once(
     ranks: RankPools, place: tuple[str, dict[str, object]], num_ranks: int, again: bool, only: list[str]
 ) -> None:
     ranks(2).run(shared_reading_jobs.save, *place)
-    before = set(nodecopy.SHARED_MEMORY.glob("distckpt-*"))
+    before = set(sharedmemory.SHARED_MEMORY.glob("distckpt-*"))
     found = ranks(num_ranks).run(shared_reading_jobs.restore, *place, only, again)
     assert all(each["good"] for each in found)
     total = sum(each["num_bytes"] for each in found)
     assert STATE_BYTES <= total <= 1.01 * STATE_BYTES + 40_000  # headers, and each rank's generators
     if num_ranks > 1:
         assert max(each["num_bytes"] for each in found) < 0.8 * STATE_BYTES
-    assert set(nodecopy.SHARED_MEMORY.glob("distckpt-*")) == before
+    assert set(sharedmemory.SHARED_MEMORY.glob("distckpt-*")) == before

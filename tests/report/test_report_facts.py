@@ -120,6 +120,17 @@ def test_a_step_saved_again_after_damage_has_two_lives(tmp_path: Path) -> None:
     assert facts.saves[1].rate is None
 
 
+@pytest.mark.parametrize(
+    ("read", "is_from_memory"),
+    [({}, False), ({"memory_bytes": 5, "storage_bytes": 0}, True), ({"memory_bytes": 5, "storage_bytes": 1}, False)],
+)
+def test_a_restore_that_read_only_memory_is_told(tmp_path: Path, read: dict[str, int], is_from_memory: bool) -> None:
+    write_events(tmp_path, event("restored", 10, seconds=1.0, num_bytes=5, **read))
+    histories.checkpoint(tmp_path, 10)
+    [job] = facts_of(tmp_path).jobs
+    assert job.restore_memory == is_from_memory
+
+
 def test_a_job_without_an_end_runs_if_its_lease_says_so(tmp_path: Path) -> None:
     histories.checkpoint(tmp_path, 10)
     with_lease = Lease(open_storage(tmp_path), background=False)

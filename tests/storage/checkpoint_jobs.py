@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import torch
@@ -49,9 +51,18 @@ def try_all(url: str, options: dict[str, Any], num_numbers: int) -> list[str]:
     return said
 
 
-def restore_whole(url: str, options: dict[str, Any], num_numbers: int) -> None:
+def save_and_be_killed(url: str, options: dict[str, Any], num_numbers: int) -> None:
+    """Save as above, with a memory tier, and end without a word."""
+    manager = distckpt.CheckpointManager(url, keep=KEPT, memory_tier=True, storage_options=options, signals=())
+    for step in (1, NEWEST):
+        manager.save(step, build(step, num_numbers))
+        manager.wait()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def restore_whole(url: str, options: dict[str, Any], num_numbers: int, memory_tier: bool = False) -> None:
     """Restore the newest checkpoint as a job does that starts again."""
     state = build(0, num_numbers)
-    with distckpt.CheckpointManager(url, storage_options=options, signals=()) as manager:
+    with distckpt.CheckpointManager(url, storage_options=options, memory_tier=memory_tier, signals=()) as manager:
         assert manager.restore(state) == NEWEST
     assert torch.equal(state["weight"], build(NEWEST, num_numbers)["weight"])

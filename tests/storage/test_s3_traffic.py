@@ -14,11 +14,32 @@ from rank_pool import RankPools
 from typer.testing import CliRunner
 
 import distckpt
+from distckpt import sharedmemory
 from distckpt.cli.application import application
+from distckpt.memorytier import MemoryTier
 from distckpt.storage.parts import LEAST_PART
 
 NUM_CHECKPOINTS = 100
 OPTIONS: dict[str, Any] = {"config_kwargs": {"connect_timeout": 30, "read_timeout": 30}}
+
+
+@pytest.mark.skipif(sharedmemory.place() is None, reason="no shared memory")
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_restart_after_a_kill_downloads_no_data_that_the_nodes_memory_keeps(
+    ranks: RankPools, proxy: FaultProxy, s3_bucket: str, num_ranks: int
+) -> None:
+    url, num_numbers = f"s3://{s3_bucket}/run", 1_000_000
+    killed = ranks.fresh(2).outcomes(checkpoint_jobs.save_and_be_killed, url, OPTIONS, num_numbers)
+    assert all(outcome.died for outcome in killed)
+    proxy.reset()
+    ranks(num_ranks).run(checkpoint_jobs.restore_whole, url, OPTIONS, num_numbers, True)
+    read = [seen for seen in without_lease(proxy) if seen.method == "GET"]
+    assert [seen.target for seen in read if ".safetensors" in urlsplit(seen.target).path] == []
+    # What says which checkpoint there is, and what its bytes are: a listing, and the manifest, by each rank.
+    whats = Counter("manifest" if seen.target.endswith("manifest.json") else "listing" for seen in read)
+    assert whats == {"listing": 1, "manifest": num_ranks}
+    assert proxy.num_downloaded() < 0.01 * 4 * num_numbers
+    MemoryTier(url).leave(in_good_order=True)
 
 
 def folder_of(target: str) -> str:
