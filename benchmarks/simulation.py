@@ -263,7 +263,8 @@ class Crowd:
         shared = [o for o in self._objects if not o.per_rank]
         self._entries = sorted((entry for o in shared for entry in o.entries), key=lambda entry: entry.name)
         self._shares: list[list[Block]] = [[] for _ in range(world_size)]
-        self._said: dict[Any, tuple[int, str]] = {}
+        self._plans: dict[Any, tuple[int, FilePlan]] = {}
+        self._said: dict[tuple[bool, Any], str] = {}
         self._items: list[SpreadItem] = []
         self._allotment: Allotment | None = None
         if kind == "replicated":
@@ -286,14 +287,17 @@ class Crowd:
 
     def _report(self, rank: int, message: Json, *, is_first: bool) -> str:
         """Return what a rank says when it has written; ranks with files that are alike say the same of other names."""
-        key = is_first, self._alike(rank)
-        if key not in self._said:
-            self._said[key] = rank, _text(self._report_of(rank, message, is_first=is_first))
-        example, text = self._said[key]
+        alike = self._alike(rank)
+        if alike not in self._plans:
+            self._plans[alike] = rank, self._plan(rank)
+        example, plan = self._plans[alike]
+        if (is_first, alike) not in self._said:
+            self._said[is_first, alike] = _text(self._report_of(example, plan, message, is_first=is_first))
+        text = self._said[is_first, alike]
         return text if example == rank else text.replace(names.of_rank(example, ""), names.of_rank(rank, ""))
 
-    def _report_of(self, rank: int, message: Json, *, is_first: bool) -> Json:
-        plan, allotted = self._plan(rank), "" if self._allotment is None else self._allotment.fingerprint
+    def _report_of(self, rank: int, plan: FilePlan, message: Json, *, is_first: bool) -> Json:
+        allotted = "" if self._allotment is None else self._allotment.fingerprint
         fact = {**message, "share": None, "blocks": [digest((plan.fingerprint + allotted).encode())[:16]]}
         if plan.blocks:
             sizes = segment_sizes(len(plan.header), plan.num_bytes)
