@@ -5,7 +5,8 @@
 
 The ranks are simulated, one after another (see `simulation`): seconds are processor time of one process, sizes and
 counts are exact. "full": all ranks hold the state, rank 0 writes it. "replicated": all hold it, and share the writing.
-"sharded": each tensor is spread over all ranks.
+"sharded": each tensor is cut over all ranks. "hsdp": over one row of a mesh, whose other rows hold replicas.
+"fsdp x tp": by rows over one dimension of a mesh, and by columns over the other.
 DCP: its default planner on the way through rank 0, for the same state, and the pickled plan of one rank.
 """
 
@@ -31,31 +32,28 @@ from benchmarks.options import RESULTS
 from benchmarks.report import aligned
 from benchmarks.simulation import Kind, restored, simulate, simulated_state
 
-WORLD_SIZES = (8, 64, 512, 4096, 16_384)
+WORLD_SIZES = (8, 64, 1024, 16_384)
 TENSORS = (1_000, 20_000)
-# Beyond so many pieces of tensors, each in a message to rank 0 and in its manifest, rank 0 is not played.
-MOST_PIECES = 600_000
 MOST_DCP_ITEMS = 200_000  # what its merge of all plans needs above that is minutes and gigabytes
 TITLES = (
     *("", "tensors", "ranks", "plan 1st, ms", "plan later, ms", "sent 1st, kB", "sent later, B"),
-    *("rank 0 gets 1st, MB", "later, MB", "rank 0 1st, s", "later, s", "manifest, MB"),
-    *("parse, s", "files a rank reads", "DCP plan, s", "DCP sent, MB"),
+    *("rank 0 gets 1st, MB", "later, MB", "rank 0 1st, s", "later, s"),
+    *("manifest, MB", "files", "tensors", "asks", "rank 0"),
+    *("parse, s", "match, s", "files a rank reads", "DCP plan, s", "DCP sent, MB"),
 )
 
 
 def measure(kind: Kind, num_tensors: int, world_size: int) -> dict[str, Any]:
     """Return what was seen of one state on one number of ranks."""
-    pieces = num_tensors * (world_size if kind == "sharded" else 1) + world_size
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
-        first, later = simulate(kind, num_tensors, world_size, path, with_first=pieces <= MOST_PIECES)
+        first, later = simulate(kind, num_tensors, world_size, path)
         found: dict[str, Any] = {
             **{"kind": kind, "tensors": num_tensors, "ranks": world_size},
             **{"first": asdict(first), "later": asdict(later)},
         }
-        if later.manifest_bytes:
-            found["restore"] = asdict(restored(kind, num_tensors, world_size, path))
-    if kind != "full" and num_tensors * world_size <= MOST_DCP_ITEMS:
+        found["restore"] = asdict(restored(kind, num_tensors, world_size, path))
+    if kind in ("replicated", "sharded") and num_tensors * world_size <= MOST_DCP_ITEMS:
         found["dcp"] = dcp(kind, num_tensors, world_size)
     return found
 
@@ -92,18 +90,20 @@ def moved(plan: SavePlan, rank: int) -> SavePlan:
 
 def row(found: dict[str, Any]) -> list[str]:
     """Return a row of the table; what was not run has a dash."""
-    first, later, restore, theirs = found["first"], found["later"], found.get("restore"), found.get("dcp")
-    played = bool(later["manifest_bytes"])
-    ours = (
-        *(first["received"] / 1e6, later["received"] / 1e6, first["decide_s"], later["decide_s"]),
-        later["manifest_bytes"] / 1e6,
-    )
+    first, later, restore, theirs = found["first"], found["later"], found["restore"], found.get("dcp")
+    sizes = (later[f"{part}_bytes"] / 1e6 for part in ("manifest", "file_table", "tensor_table"))
     return [
         *(found["kind"], f"{found['tensors']:,}", f"{found['ranks']:,}"),
         *(f"{first['plan_s'] * 1e3:.1f}", f"{later['plan_s'] * 1e3:.1f}"),
         *(f"{first['sent'] / 1e3:.2f}", f"{later['sent']:,}"),
-        *((f"{each:.3g}" for each in ours) if played else "-" * len(ours)),
-        *((f"{restore['parse_s']:.3f}", f"{restore['files']:,}") if restore else "--"),
+        *(f"{each:.3g}" for each in (first["received"] / 1e6, later["received"] / 1e6)),
+        *(f"{each:.3g}" for each in (first["decide_s"], later["decide_s"])),
+        *(f"{each:.3g}" for each in sizes),
+        *(
+            " ".join(f"{n} {verb}" for verb, n in later["requests"][who].items()) or "-"
+            for who in ("one rank", "rank 0")
+        ),
+        *(f"{restore['parse_s']:.3f}", f"{restore['plan_s']:.3f}", f"{restore['files']:,}"),
         *((f"{theirs['plan_s']:.3g}", f"{theirs['sent_bytes'] / 1e6:.3g}") if theirs else "--"),
     ]
 

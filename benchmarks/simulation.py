@@ -18,15 +18,18 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from distckpt import fileplan, names
+from distckpt.allotment import Allotment, SpreadItem, allot, own_blocks_of
 from distckpt.catalog import read_manifest
+from distckpt.checksum import digest
 from distckpt.commit import Committed, commit
 from distckpt.datafiles import segment_sizes
 from distckpt.fileplan import FilePlan
+from distckpt.garbage import kept_off
 from distckpt.loading import boxes
-from distckpt.manifest import DataFile, Layout, Segment
+from distckpt.manifest import MAX_BYTES, DataFile, Layout, Segment
 from distckpt.matching import Selection, match
 from distckpt.plan import Block, Item, in_file_order, split
 from distckpt.preparation import SaveRequest, prepare
@@ -35,12 +38,14 @@ from distckpt.shards import RankShare, spans
 from distckpt.state import FlatObject, flatten
 from distckpt.storage import open_storage
 from distckpt.storage.wrappers import CountingStorage
-from distckpt.tensors import DTYPE_NAMES
+from distckpt.tensors import DTYPE_NAMES, spread_of
 from distckpt.values import Json
 from distckpt.workspace import Workspace
 
-Kind = Literal["full", "replicated", "sharded"]  # rank 0 writes; all write; each tensor is spread over all ranks
-_ITEMS = 1024  # of a tensor; for "sharded" one row for each rank
+# Rank 0 writes; all write; each tensor is cut over all ranks, over one row of a mesh, over both its dimensions.
+Kind = Literal["full", "replicated", "sharded", "hsdp", "fsdp x tp"]
+ON_MESHES: tuple[Kind, ...] = ("sharded", "hsdp", "fsdp x tp")
+_ITEMS = 1024  # of a tensor; of one that is cut, each rank has one
 _VERBS = ("put", "sync", "publish", "read", "read_all", "list", "delete")
 
 
@@ -90,7 +95,9 @@ class Facts:
         sent: The bytes that this rank sent, in all meetings together.
         received: The bytes that rank 0 received.
         decide_s: Rank 0's processor time in all meetings.
-        manifest_bytes: The manifest's size; 0 if rank 0's part was left out.
+        manifest_bytes: The manifest's size.
+        file_table_bytes: How much of it is the table of files, with their digests.
+        tensor_table_bytes: How much of it says where tensors lie.
         requests: What one rank asked of the storage, by verb, and rank 0.
     """
 
@@ -99,35 +106,52 @@ class Facts:
     received: int = 0
     decide_s: float = 0.0
     manifest_bytes: int = 0
+    file_table_bytes: int = 0
+    tensor_table_bytes: int = 0
     requests: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def mesh_sizes(kind: Kind, world_size: int) -> tuple[int, ...]:
+    """Return the mesh of a kind of state: a row of all ranks, or one of two dimensions, the second the longer one."""
+    if kind == "sharded":
+        return (world_size,)
+    outer = 1 << (world_size.bit_length() - 1) // 2
+    return (outer, world_size // outer)
 
 
 @contextlib.contextmanager
 def simulated_state(kind: Kind, num_tensors: int, rank: int, world_size: int) -> Iterator[Mapping[str, Any]]:
-    """Give a rank's state; of a sharded one a rank holds one row of each tensor."""
+    """Give a rank's state; of what is cut over a mesh, a rank holds one item of each tensor."""
     keys = [f"layer{i // 10}.tensor{i}" for i in range(num_tensors)]
-    if kind != "sharded":
+    if kind not in ON_MESHES:
         yield {"model": {name: torch.zeros(_ITEMS) for name in keys}}
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
+        sizes = mesh_sizes(kind, world_size)
         # Torch caches what it finds out of a mesh, this rank's place in it, too, for every mesh that equals it.
-        mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=(f"of_rank_{rank}",))
-        whole = torch.Size([world_size])
-        rows = torch.zeros(num_tensors, 1)  # [tensor, this rank's item]; none is another's, or it would be stored once
+        mesh = init_device_mesh(
+            "cpu", sizes, mesh_dim_names=tuple(f"{dim}_of_rank_{rank}" for dim in range(len(sizes)))
+        )
+        placements: list[Placement] = [Shard(dim) for dim in range(len(sizes))]
+        whole = torch.Size(sizes)
+        if kind == "hsdp":
+            placements, whole = [Replicate(), Shard(0)], torch.Size(sizes[1:])
+        items = torch.zeros(num_tensors, *[1] * len(whole))  # none is another's, or it would be stored once
+        stride = torch.empty(whole, device="meta").stride()
         yield {
             "model": {
-                name: DTensor.from_local(row, mesh, [Shard(0)], run_check=False, shape=whole, stride=(1,))
-                for name, row in zip(keys, rows, strict=True)
+                name: DTensor.from_local(item, mesh, placements, run_check=False, shape=whole, stride=stride)
+                for name, item in zip(keys, items, strict=True)
             }
         }
     finally:
         dist.destroy_process_group()
 
 
-def simulate(kind: Kind, num_tensors: int, world_size: int, directory: Path, *, with_first: bool = True) -> list[Facts]:
+def simulate(kind: Kind, num_tensors: int, world_size: int, directory: Path) -> list[Facts]:
     """Save twice, as one rank in the middle and as rank 0, and return what was seen of the first and the second save.
 
     Args:
@@ -135,7 +159,6 @@ def simulate(kind: Kind, num_tensors: int, world_size: int, directory: Path, *, 
         num_tensors: Tensors of the state, without the random-number generators.
         world_size: The simulated ranks.
         directory: An empty folder.
-        with_first: Whether to play rank 0, too.
     """
     layout: Layout = "full" if kind == "full" else "sharded"
     requests = [SaveRequest(step=step, folder=f"step-{step:012d}", run="simulated", layout=layout) for step in (1, 2)]
@@ -155,14 +178,13 @@ def simulate(kind: Kind, num_tensors: int, world_size: int, directory: Path, *, 
             said.append(ranks.said)
             sent = sum(len(_text(message)) for message in ranks.said)
             facts.append(Facts(plan_s=plan_s, sent=sent, requests={"one rank": _counted(storage)}))
-    if with_first:
-        with simulated_state(kind, num_tensors, 0, world_size) as state:
-            crowd = Crowd(kind, state, world_size, example=rank)
-            ranks, workspace = SimulatedRanks(0, world_size), Workspace()
-            for request, messages, seen in zip(requests, said, facts, strict=True):
-                ranks.waiting = [crowd.saying(message, is_first=seen is facts[0]) for message in messages]
-                storage = CountingStorage(open_storage(directory / "rank-0"))
-                _play_first(state, request, ranks, workspace, storage=storage, seen=seen)
+    with simulated_state(kind, num_tensors, 0, world_size) as state:
+        crowd = Crowd(kind, state, world_size, example=rank)
+        ranks, workspace = SimulatedRanks(0, world_size), Workspace()
+        for request, messages, seen in zip(requests, said, facts, strict=True):
+            ranks.waiting = [crowd.saying(message, is_first=seen is facts[0]) for message in messages]
+            storage = CountingStorage(open_storage(directory / "rank-0"))
+            _play_first(state, request, ranks, workspace, storage=storage, seen=seen)
     return facts
 
 
@@ -182,6 +204,9 @@ def _play_first(
     assert isinstance(published, Committed)
     seen.received, seen.decide_s, seen.manifest_bytes = ranks.received, ranks.decide_s, published.num_bytes
     seen.requests["rank 0"] = _counted(storage)
+    text = storage.read_all(names.join(request.folder, names.MANIFEST), limit_bytes=MAX_BYTES)
+    seen.file_table_bytes = text.index(b'],"format":') - text.index(b'"files":[')
+    seen.tensor_table_bytes = len(workspace.draft.text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +226,7 @@ class Reading:
     num_bytes: int
 
 
+@kept_off()  # as a restore does
 def restored(kind: Kind, num_tensors: int, world_size: int, directory: Path) -> Reading:
     """Return what a rank in the middle needs of the checkpoint that `simulate` has left as rank 0."""
     storage = open_storage(directory / "rank-0")
@@ -237,56 +263,83 @@ class Crowd:
         shared = [o for o in self._objects if not o.per_rank]
         self._entries = sorted((entry for o in shared for entry in o.entries), key=lambda entry: entry.name)
         self._shares: list[list[Block]] = [[] for _ in range(world_size)]
+        self._plans: dict[Any, tuple[int, FilePlan]] = {}
+        self._said: dict[tuple[bool, Any], str] = {}
+        self._items: list[SpreadItem] = []
+        self._allotment: Allotment | None = None
         if kind == "replicated":
             items = [Item(name=e.name, dtype=e.dtype, shape=e.shape) for e in self._entries]
             self._shares = split(items, world_size)
+        if kind in ON_MESHES:
+            spreads = [(e, spread_of(e.tensor)) for e in self._entries]
+            self._items = [SpreadItem(e.name, e.dtype, spread) for e, spread in spreads if spread is not None]
+            self._allotment = allot(self._items, world_size)
 
     def saying(self, message: Json, *, is_first: bool) -> Iterator[str]:
         """Yield what each rank but the first says where the example says `message`."""
         if isinstance(message, dict) and "timings" in message:
             for rank in range(1, self.world_size):
-                yield _text(self._report(rank, message, is_first=is_first))
+                yield self._report(rank, message, is_first=is_first)
             return
         text = _text(message)
         for rank in range(1, self.world_size):
             yield text.replace(names.of_rank(self._example, ""), names.of_rank(rank, ""))
 
-    def _report(self, rank: int, message: Json, *, is_first: bool) -> Json:
-        plan = FilePlan.of(self._blocks(rank))
-        fact = {**message, "share": None, "blocks": [plan.fingerprint[:16]]}
+    def _report(self, rank: int, message: Json, *, is_first: bool) -> str:
+        """Return what a rank says when it has written; ranks with files that are alike say the same of other names."""
+        alike = self._alike(rank)
+        if alike not in self._plans:
+            self._plans[alike] = rank, self._plan(rank)
+        example, plan = self._plans[alike]
+        if (is_first, alike) not in self._said:
+            self._said[is_first, alike] = _text(self._report_of(example, plan, message, is_first=is_first))
+        text = self._said[is_first, alike]
+        return text if example == rank else text.replace(names.of_rank(example, ""), names.of_rank(rank, ""))
+
+    def _report_of(self, rank: int, plan: FilePlan, message: Json, *, is_first: bool) -> Json:
+        allotted = "" if self._allotment is None else self._allotment.fingerprint
+        fact = {**message, "share": None, "blocks": [digest((plan.fingerprint + allotted).encode())[:16]]}
         if plan.blocks:
             sizes = segment_sizes(len(plan.header), plan.num_bytes)
             segments = tuple(Segment(num_bytes=size, digest="0" * 32) for size in sizes)
             file = DataFile(name="-", rank=rank, num_bytes=plan.num_bytes, segments=segments)
             fact["share"] = RankShare(file=file, blocks=plan.blocks, offsets=plan.offsets).to_json()
         if is_first:
-            fact["blocks"].append(fileplan.to_json(plan.blocks, plan.offsets))
+            fact["blocks"].append([allotted, fileplan.to_json(plan.rest, plan.offsets[plan.num_spread :])])
         own = {o.key: o.for_rank(rank) for o in self._objects if o.per_rank}
         fact["trees"] = {
-            key: [names.of_rank(rank, key), *([own[key].tree] if values else [])]
+            key: [names.of_rank(rank, key)[:16], *([own[key].tree] if values else [])]
             for key, (_, *values) in message["trees"].items()
         }
         return fact
 
-    def _blocks(self, rank: int) -> list[Block]:
-        """Return what a rank writes."""
+    def _alike(self, rank: int) -> Any:
+        """Return what two ranks have in common whose files have blocks of the same sizes, and headers as long."""
+        if self._kind == "replicated" and self._shares[rank]:
+            return rank
+        digits: list[int] = []
+        if self._kind in ON_MESHES:
+            places = self._items[0].spread.mesh.coordinate_of(rank)
+            assert places is not None
+            digits = [len(str(place + more)) for place in places for more in (0, 1)]
+            if self._kind == "hsdp":
+                digits = [places[0], *digits[2:]]  # which tensors are written here, too
+        return tuple(digits)
+
+    def _plan(self, rank: int) -> FilePlan:
+        """Return the plan of a rank's file."""
         if self._kind == "full":
-            return []
-        blocks = list(self._shares[rank])
-        if self._kind == "sharded":
-            blocks += [_box(e.name, e.dtype, e.shape, (rank, *(0 for _ in e.shape[1:]))) for e in self._entries]
-        blocks += [block for o in self._objects if o.per_rank for block in _own(o.for_rank(rank))]
-        return in_file_order(blocks)
+            return FilePlan.of([])
+        own = [block for o in self._objects if o.per_rank for block in _own(o.for_rank(rank))]
+        if self._kind in ON_MESHES:
+            return FilePlan.of(in_file_order(own), spread=own_blocks_of(self._items, rank))
+        return FilePlan.of(in_file_order([*self._shares[rank], *own]))
 
 
 def _own(flat: FlatObject) -> Iterator[Block]:
     for name, tensor in zip(flat.structure.names, flat.tensors, strict=True):
         shape = tuple(tensor.shape)
         yield Block(name=name, dtype=DTYPE_NAMES[tensor.dtype], whole=shape, start=(0,) * len(shape), shape=shape)
-
-
-def _box(name: str, dtype: str, whole: tuple[int, ...], start: tuple[int, ...]) -> Block:
-    return Block(name=name, dtype=dtype, whole=whole, start=start, shape=(1, *whole[1:]))
 
 
 def _text(message: Json) -> str:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from distckpt import catalog, fileplan, names
+from distckpt.allotment import Allotment
 from distckpt.checksum import digest
 from distckpt.errors import DistckptError, RankFailedError
 from distckpt.garbage import kept_off
@@ -27,7 +28,6 @@ from distckpt.state import FlatObject
 from distckpt.storage import Storage
 from distckpt.storage.failures import is_full
 from distckpt.values import Json
-from distckpt.workspace import Told
 
 _TIMINGS = ("stage_s", "write_s")
 
@@ -73,51 +73,106 @@ def commit(
 
     Ranks: all (collective); blocks until the checkpoint is committed.
     """
-    request = save.request
-    told = save.workspace.told
-    published: list[Committed] = []
-    own: list[RankShare] = []
-    tried = False
+    committing = _Committing(save, ranks=ranks, storage=storage, insist=insist, also=also)
+    action = save.request.action
+    try:
+        verdict = ranks.agree(action, committing.write, committing.finish)
+        if verdict.get("is_apart"):
+            verdict = ranks.agree(action, committing.tell, committing.finish_told)
+        if verdict["has_parted"]:
+            _tell_divergence(save, ranks)
+    except BaseException as error:
+        if ranks.rank == 0:
+            _abandon(save, storage, error, tried=committing.has_tried)
+        raise
+    save.workspace.told.settle()
+    return committing.published
 
-    def write() -> Json:
+
+class _Committing:
+    """What a rank does in a commit, and on rank 0, what it does for all.
+
+    Attributes:
+        published: On rank 0, what was published.
+        has_tried: Whether a manifest may be there, whatever was raised.
+    """
+
+    def __init__(
+        self,
+        save: PreparedSave,
+        *,
+        ranks: Ranks,
+        storage: Storage,
+        insist: Callable[[], None],
+        also: Look | None,
+    ) -> None:
+        self.published: Committed | None = None
+        self.has_tried = False
+        self._save = save
+        self._ranks = ranks
+        self._storage = storage
+        self._insist = insist
+        self._also = also
+        self._share = RankShare(file=None, blocks=(), offsets=())
+        self._reports: list[Json] = []
+        self._has_parted = False
+
+    def write(self) -> Json:
+        """Write this rank's share, and return what rank 0 has to know of it."""
+        save, rank = self._save, self._ranks.rank
         if save.failure is not None:
             raise save.failure
         begun = time.monotonic()
         check = _finite_check(save)
-        look = _looking(also, None if check is None else check.look)
-        share = write_share(storage, request.folder, save.attempt, rank=ranks.rank, staged=save.staged, look=look)
+        look = _looking(self._also, None if check is None else check.look)
+        folder = save.request.folder
+        self._share = write_share(self._storage, folder, save.attempt, rank=rank, staged=save.staged, look=look)
         timings = [round(save.stage_s, 4), round(time.monotonic() - begun, 4)]
-        own.append(share)  # rank 0 has no need to send its own to itself
         seen: dict[str, Json] = {"bad": bad} if check is not None and (bad := check.found()) else {}
         if save.sampled is not None:
             seen["sample"] = save.sampled.digest()[:16]
-        return {**(_report(save, share, told) if ranks.rank else {}), **seen, "timings": timings}
+        # Rank 0 has no need to send its own to itself.
+        return {**(_report(save, self._share) if rank else {}), **seen, "timings": timings}
 
     @kept_off()
-    def finish(facts: list[Json]) -> Json:
-        nonlocal tried
-        has_parted = len({fact.get("sample") for fact in facts}) > 1
-        if request.inspection is not None:
-            request.inspection.judge_finite(request.step, [fact.get("bad", []) for fact in facts])
-            if has_parted and request.inspection.replicas == "error":
+    def finish(self, facts: list[Json]) -> Json:
+        """Rank 0: publish, unless something is wrong, or the ranks do not know what all of them write."""
+        inspection = self._save.request.inspection
+        self._has_parted = len({fact.get("sample") for fact in facts}) > 1
+        if inspection is not None:
+            inspection.judge_finite(self._save.request.step, [fact.get("bad", []) for fact in facts])
+            if self._has_parted and inspection.replicas == "error":
                 return {"has_parted": True}
-        manifest = _assembled(save, own, facts)
-        texts = {"tensors": save.workspace.draft.text, "objects": _objects_text(save, manifest)}
-        insist()
-        tried = True  # from here on it may be there, whatever is raised
-        num_bytes = publish(storage, request.folder, manifest, texts=texts)
-        published.append(Committed(manifest=manifest, num_bytes=num_bytes))
-        return {"has_parted": has_parted}
+        told, allotment = self._save.workspace.told, self._save.allotment
+        pieces = [told.unpacked(rank, "blocks", fact["blocks"], _pieces) for rank, fact in enumerate(facts) if rank]
+        self._reports = facts
+        if any(fingerprint != _fingerprint(allotment) for fingerprint, _ in pieces):
+            return {"has_parted": self._has_parted, "is_apart": True}
+        own = _without_allotted(self._share, self._save)
+        return self._publish(own, [blocks for _, blocks in pieces], allotment)
 
-    try:
-        if ranks.agree(request.action, write, finish)["has_parted"]:
-            _tell_divergence(save, ranks)
-    except BaseException as error:
-        if ranks.rank == 0:
-            _abandon(save, storage, error, tried=tried)
-        raise
-    told.settle()
-    return published[0] if published else None
+    def tell(self) -> Json:
+        """Return all that this rank has written."""
+        share, told = self._share, self._save.workspace.told
+        fingerprint = self._save.staged.plan.fingerprint if self._save.staged is not None else ""
+        return told.packed("pieces", fingerprint, lambda: fileplan.to_json(share.blocks, share.offsets))
+
+    @kept_off()
+    def finish_told(self, facts: list[Json]) -> Json:
+        """Rank 0: publish what the ranks have told one by one."""
+        told = self._save.workspace.told
+        pieces = [told.unpacked(rank, "pieces", fact, fileplan.from_json) for rank, fact in enumerate(facts) if rank]
+        return self._publish(self._share, pieces, None)
+
+    def _publish(self, own: RankShare, pieces: Sequence[Json], allotment: Allotment | None) -> Json:
+        save = self._save
+        manifest = _assembled(save, own, self._reports, pieces, allotment)
+        texts = {"tensors": save.workspace.draft.text, "objects": _objects_text(save, manifest)}
+        self._insist()
+        self.has_tried = True
+        num_bytes = publish(self._storage, save.request.folder, manifest, texts=texts)
+        self.published = Committed(manifest=manifest, num_bytes=num_bytes)
+        return {"has_parted": self._has_parted}
 
 
 def _looking(one: Look | None, other: Look | None) -> Look | None:
@@ -146,19 +201,39 @@ def _is_committed(storage: Storage, folder: str) -> bool:
     return any(file.name == names.join(folder, names.MANIFEST) for file in storage.list(folder))
 
 
-def _assembled(save: PreparedSave, own: list[RankShare], facts: list[Json]) -> Manifest:
+def _assembled(
+    save: PreparedSave, own: RankShare, facts: list[Json], pieces: Sequence[Json], allotment: Allotment | None
+) -> Manifest:
     """Rank 0: return the manifest of its own share and of those that the others have reported.
 
     Raises:
         RankFailedError: The shares together do not cover a tensor exactly once; nothing may be committed.
     """
     told = save.workspace.told
-    shares, trees = [*own], [{o.key: o.tree for o in save.objects if o.per_rank}]
-    for rank, fact in enumerate(facts[1:], start=1):
-        blocks = told.unpacked(rank, "blocks", fact["blocks"], fileplan.from_json)
+    shares, trees = [own], [{o.key: o.tree for o in save.objects if o.per_rank}]
+    for rank, (fact, blocks) in enumerate(zip(facts[1:], pieces, strict=True), start=1):
         shares.append(RankShare.from_json(fact["share"], blocks, rank=rank, attempt=save.attempt))
         trees.append({key: told.unpacked(rank, key, tree) for key, tree in fact["trees"].items()})
-    return assemble(_header(save, facts, trees), shares, save.workspace.draft)
+    return assemble(_header(save, facts, trees), shares, save.workspace.draft, allotment)
+
+
+def _fingerprint(allotment: Allotment | None) -> str:
+    """Return what two ranks have in common that know of each other what they write."""
+    return "" if allotment is None else allotment.fingerprint
+
+
+def _pieces(body: Json) -> tuple[str, Json]:
+    """Return the fingerprint of the allotment that a rank goes by, and what it writes beyond it."""
+    fingerprint, blocks = body
+    return fingerprint, fileplan.from_json(blocks)
+
+
+def _without_allotted(share: RankShare, save: PreparedSave) -> RankShare:
+    """Return a share without the blocks that the allotment tells of; the same ones as long as the plan is the same."""
+    if save.allotment is None or save.staged is None:
+        return share
+    plan = save.staged.plan
+    return replace(share, blocks=plan.rest, offsets=plan.offsets[plan.num_spread :])
 
 
 def _finite_check(save: PreparedSave) -> FiniteCheck | None:
@@ -182,12 +257,18 @@ def _tell_divergence(save: PreparedSave, ranks: Ranks) -> None:
         ranks.agree(f"comparison of the ranks at step {save.request.step}", sampled.digests, judge)
 
 
-def _report(save: PreparedSave, share: RankShare, told: Told) -> Json:
+def _report(save: PreparedSave, share: RankShare) -> Json:
     """Return what rank 0 has to know of this rank's share; what it knows from the save before only by its digest."""
+    told, allotted = save.workspace.told, _fingerprint(save.allotment)
     fingerprint = save.staged.plan.fingerprint if save.staged is not None else ""
+
+    def pieces() -> Json:
+        own = _without_allotted(share, save)
+        return [allotted, fileplan.to_json(own.blocks, own.offsets)]
+
     return {
         "share": share.to_json(),
-        "blocks": told.packed("blocks", fingerprint, lambda: fileplan.to_json(share.blocks, share.offsets)),
+        "blocks": told.packed("blocks", digest((fingerprint + allotted).encode()), pieces),
         "trees": {
             o.key: told.packed(o.key, digest(o.text.encode()), partial(_tree_of, o)) for o in save.objects if o.per_rank
         },

@@ -12,10 +12,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Literal
 
 from distckpt.arrays import Deviation, Source, batches, deviation, read
+from distckpt.chunks import Runs
 from distckpt.manifest import Manifest, ObjectEntry, TensorEntry
 from distckpt.safetensors import ITEM_BYTES
 from distckpt.trees import exact_text, label, opened, reference
@@ -103,7 +104,7 @@ def _compare_tensors(first: Source, second: Source) -> Iterator[Change]:
             facts = (None if old is None else _tensor_facts(old)), (None if new is None else _tensor_facts(new))
             yield _change("tensor", name, *facts)
     seals = _Seals(first), _Seals(second)
-    for batch in batches(first, [name for name in alike if seals[0].of(name) != seals[1].of(name)]):
+    for batch in batches(first, [name for name in alike if not _are_same(seals[0].of(name), seals[1].of(name))]):
         before, after = read(first, batch), read(second, batch)
         for name in sorted(batch):
             found = deviation(olds[name].dtype, before[name], after[name])
@@ -120,19 +121,23 @@ class _Seals:
         sizes = [[segment.num_bytes for segment in file.segments] for file in self._manifest.files]
         self._begins = [list(accumulate(of_file, initial=0)) for of_file in sizes]
 
-    def of(self, name: str) -> list[tuple[object, ...]]:
-        """Return each chunk's place in the tensor, and the segments that it lies in, by where they begin from it on."""
+    def of(self, name: str) -> Iterator[tuple[object, ...]]:
+        """Yield each chunk's place in the tensor, and the segments that it lies in, by where they begin from it on."""
         entry = self._manifest.tensors[name]
-        found: list[tuple[object, ...]] = []
-        for chunk in sorted(entry.chunks, key=lambda chunk: chunk.start):
+        chunks = entry.chunks if isinstance(entry.chunks, Runs) else sorted(entry.chunks, key=lambda c: c.start)
+        for chunk in chunks:
             begins, segments = self._begins[chunk.file], self._manifest.files[chunk.file].segments
             end = chunk.offset + math.prod(chunk.shape) * ITEM_BYTES[entry.dtype]
             index = bisect_right(begins, chunk.offset) - 1
-            found.append((chunk.start, chunk.shape))
+            yield chunk.start, chunk.shape
             while index < len(segments) and begins[index] < end:
-                found.append((begins[index] - chunk.offset, segments[index].num_bytes, segments[index].digest))
+                yield begins[index] - chunk.offset, segments[index].num_bytes, segments[index].digest
                 index += 1
-        return found
+
+
+def _are_same(first: Iterator[tuple[object, ...]], second: Iterator[tuple[object, ...]]) -> bool:
+    """Say whether two iterators yield the same; looks no further than to what differs."""
+    return all(one == other for one, other in zip_longest(first, second))
 
 
 def _key_facts(entry: ObjectEntry) -> Json:

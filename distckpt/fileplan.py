@@ -5,12 +5,11 @@ Invariant: a pure function of the blocks; the same blocks make the same file, bu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from distckpt.checksum import digest
-from distckpt.plan import Block
+from distckpt.plan import Block, alignment
 from distckpt.safetensors import Piece, make_header
 from distckpt.values import Json
 
@@ -22,6 +21,8 @@ class FilePlan:
     Attributes:
         blocks: The blocks, in the order in which they stand there.
         offsets: Where each begins, from the file's start.
+        rest: Those of them that an allotment does not tell of, the last ones; all of them, if there is none.
+        gaps: Where zeros stand between groups of blocks: the first byte's place, and how many there are.
         header: The file's first bytes; empty if there are no blocks, for then there is no file.
         num_bytes: The file's size.
         fingerprint: A digest of blocks and offsets.
@@ -29,26 +30,61 @@ class FilePlan:
 
     blocks: tuple[Block, ...]
     offsets: tuple[int, ...]
+    rest: tuple[Block, ...]
+    gaps: tuple[tuple[int, int], ...]
     header: bytes
     num_bytes: int
     fingerprint: str
 
+    @property
+    def num_spread(self) -> int:
+        """How many blocks an allotment tells of, the first ones."""
+        return len(self.blocks) - len(self.rest)
+
     @classmethod
-    def of(cls, blocks: Sequence[Block]) -> FilePlan:
-        """Return the plan of a file with these blocks, which are in the order of `plan.in_file_order`.
+    def of(cls, blocks: Sequence[Block], *, spread: Sequence[Sequence[Block]] = ()) -> FilePlan:
+        """Return the plan of a file with these blocks.
+
+        Args:
+            blocks: Blocks in the order of `plan.in_file_order`.
+            spread: Groups of blocks that stand before these, each in that order.
 
         Ranks: any.
         """
-        pieces = [Piece(name=block.stored_name, dtype=block.dtype, shape=block.shape) for block in blocks]
-        header = make_header(pieces, metadata={"format": "pt"}) if blocks else b""
-        *offsets, num_bytes = accumulate((piece.num_bytes for piece in pieces), initial=len(header))
+        everything = [block for group in (*spread, blocks) for block in group]
+        names = {block.stored_name for block in everything}
+        pieces: list[Piece] = []
+        places: list[int] = []
+        gaps: list[tuple[int, int]] = []
+        end = 0
+        for group in (*spread, blocks):
+            rest = -end % alignment(group[0].num_bytes) if group else 0
+            if rest:
+                pieces.append(Piece(name=_gap_name(names, len(gaps) + 1), dtype="U8", shape=(rest,)))
+                gaps.append((end, rest))
+                end += rest
+            for block in group:
+                places.append(end)
+                end += block.num_bytes
+                pieces.append(Piece(name=block.stored_name, dtype=block.dtype, shape=block.shape))
+        header = make_header(pieces, metadata={"format": "pt"}) if everything else b""
         return cls(
-            blocks=tuple(blocks),
-            offsets=tuple(offsets),
+            blocks=tuple(everything),
+            offsets=tuple(len(header) + place for place in places),
+            rest=tuple(blocks),
+            gaps=tuple((len(header) + place, size) for place, size in gaps),
             header=header,
-            num_bytes=num_bytes,
-            fingerprint=digest(header, repr([(b.dtype, b.whole, b.start) for b in blocks]).encode()),
+            num_bytes=len(header) + end,
+            fingerprint=digest(header, repr([(b.dtype, b.whole, b.start) for b in everything]).encode()),
         )
+
+
+def _gap_name(taken: Collection[str], number: int) -> str:
+    """Return a name for zeros that no tensor has."""
+    name = f"(gap {number})"
+    while name in taken:
+        name += " "
+    return name
 
 
 def to_json(blocks: Sequence[Block], offsets: Sequence[int]) -> Json:

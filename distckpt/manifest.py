@@ -13,17 +13,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from distckpt import chunks as pieces
 from distckpt import names
 from distckpt.checksum import digest, is_digest
+from distckpt.chunks import MAX_DIMS, Chunk, Rooms, Runs, integer
 from distckpt.errors import CheckpointDamagedError, FormatVersionError
+from distckpt.runs import Run
 from distckpt.safetensors import ITEM_BYTES, MAX_HEADER_BYTES
 from distckpt.tiling import tiles
 from distckpt.values import Json, references
 
-FORMAT = 1
+FORMAT = 2  # the newest; what has no runs is written as format 1
 MAX_BYTES = 1 << 30
 MAX_SEGMENT_BYTES = MAX_HEADER_BYTES + 8  # who checks a digest holds that many bytes; the header is one segment
-MAX_DIMS = 64  # NumPy's own limit
 _ZEROS = [[0] * num_dims for num_dims in range(MAX_DIMS + 1)]
 _ORIGINS = [(0,) * num_dims for num_dims in range(MAX_DIMS + 1)]
 Layout = Literal["full", "sharded"]
@@ -58,30 +60,12 @@ class DataFile:
     segments: tuple[Segment, ...]
 
 
-class Chunk(NamedTuple):
-    """A box of a tensor, and where its bytes lie, row by row.
-
-    A tuple, as there may be a great many: a dataclass takes three times as long to make.
-
-    Attributes:
-        file: Index into `Manifest.files`.
-        offset: Where its bytes begin, from the file's start.
-        start: The box's first index in each dimension.
-        shape: The box's size in each dimension.
-    """
-
-    file: int
-    offset: int
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
 class TensorEntry(NamedTuple):
     """One tensor; its chunks do not overlap and together are all of it. A tuple, as `Chunk` is."""
 
     dtype: str
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: Sequence[Chunk]
 
     @property
     def num_bytes(self) -> int:
@@ -161,7 +145,7 @@ def serialize(manifest: Manifest, *, texts: Mapping[str, str] | None = None) -> 
         "config": manifest.config,
         "created": manifest.created,
         "files": [_file_to_json(file) for file in manifest.files],
-        "format": FORMAT,
+        "format": 2 if any(type(entry.chunks) is Runs for entry in manifest.tensors.values()) else 1,
         "layout": manifest.layout,
         "metrics": {name: _float_to_json(value) for name, value in manifest.metrics.items()},
         "objects": None,
@@ -215,10 +199,10 @@ def parse(data: bytes, *, path: str) -> Manifest:
     """
     try:
         body = _unseal(data)
-        version = _integer(body["format"])
+        version = integer(body["format"])
         if version > FORMAT:
             raise FormatVersionError(path=path, found=version, supported=FORMAT)
-        manifest = _from_body(body)
+        manifest = _from_body(body, with_runs=version > 1)
         check(manifest)
     except (
         ValueError,
@@ -248,20 +232,22 @@ def _unseal(data: bytes) -> dict[str, Any]:
     return body
 
 
-def _from_body(body: dict[str, Any]) -> Manifest:
+def _from_body(body: dict[str, Any], *, with_runs: bool) -> Manifest:
     layout = body["layout"]
     if layout not in ("full", "sharded"):
         raise ValueError(f"unknown layout {layout!r}")
+    files = tuple(_file_from_json(file) for file in body["files"])
+    begins = tuple(file.segments[0].num_bytes if file.segments else 0 for file in files) if with_runs else None
     return Manifest(
-        step=_integer(body["step"]),
+        step=integer(body["step"]),
         run=_text(body["run"]),
         attempt=names.checked(_text(body["attempt"])),
         layout=layout,
-        world_size=_integer(body["world_size"], least=1),
+        world_size=integer(body["world_size"], least=1),
         created=_moment(body["created"]),
         writer=_mapping(body["writer"]),
-        files=tuple(_file_from_json(file) for file in body["files"]),
-        tensors=_tensors_from_json(_mapping(body["tensors"])),
+        files=files,
+        tensors=_tensors_from_json(_mapping(body["tensors"]), begins),
         objects={key: _object_from_json(entry) for key, entry in _mapping(body["objects"]).items()},
         metrics={name: float(value) for name, value in _mapping(body["metrics"]).items()},
         versions={name: _text(value) for name, value in _mapping(body["versions"]).items()},
@@ -297,6 +283,7 @@ def check_tensors(tensors: Mapping[str, TensorEntry], file_bytes: Sequence[int])
     Raises:
         ValueError: They do not; names the tensor.
     """
+    rooms = _rooms(tensors, file_bytes)
     left_bytes = sum(file_bytes)  # else a few bytes, named over and over, could fill all memory
     for name, (dtype, shape, chunks) in tensors.items():
         item_bytes = ITEM_BYTES[dtype]
@@ -304,14 +291,25 @@ def check_tensors(tensors: Mapping[str, TensorEntry], file_bytes: Sequence[int])
         left_bytes -= num_bytes
         if left_bytes < 0:
             raise ValueError("its tensors have more bytes than its files")
-        for file, offset, _, size in chunks:
-            part_bytes = num_bytes if size is shape else math.prod(size) * item_bytes
-            if offset + part_bytes > file_bytes[file]:
+        if len(chunks) == 1 and chunks[0].shape == shape and not any(chunks[0].start):  # nearly all of them
+            if chunks[0].offset + num_bytes > file_bytes[chunks[0].file]:
                 raise ValueError(f"a chunk of {name!r} lies outside its file")
-        if len(chunks) == 1 and chunks[0].shape == shape and not any(chunks[0].start):
             continue
-        if not tiles(shape, [(chunk.start, chunk.shape) for chunk in chunks]):
+        try:
+            pieces.check_inside(chunks, item_bytes=item_bytes, file_bytes=file_bytes, rooms=rooms)
+        except ValueError as error:
+            raise ValueError(f"a chunk of {name!r} {error}") from error
+        boxes = [(part.start, part.extent if isinstance(part, Run) else part.shape) for part in pieces.parts_of(chunks)]
+        if not tiles(shape, boxes):
             raise ValueError(f"the chunks of {name!r} do not cover it exactly once")
+
+
+def _rooms(tensors: Mapping[str, TensorEntry], file_bytes: Sequence[int]) -> Rooms | None:
+    """Return how much the files hold behind their headers; None if there are no runs, which ask for it."""
+    for entry in tensors.values():
+        if isinstance(entry.chunks, Runs):
+            return Rooms(file_bytes, entry.chunks.begins)
+    return None
 
 
 def check_references(key: str, trees: Iterable[Json], tensors: Mapping[str, TensorEntry]) -> None:
@@ -335,28 +333,27 @@ def _file_from_json(body: Json) -> DataFile:
     for num_bytes, hexadecimal in body["segments"]:
         if not is_digest(hexadecimal):
             raise ValueError("a segment's digest is malformed")
-        segments.append(Segment(num_bytes=_integer(num_bytes, least=1), digest=hexadecimal))
+        segments.append(Segment(num_bytes=integer(num_bytes, least=1), digest=hexadecimal))
         if num_bytes > MAX_SEGMENT_BYTES:
             raise ValueError(f"a segment of {num_bytes:,} bytes")
-    size = _integer(body["bytes"])
+    size = integer(body["bytes"])
     if sum(segment.num_bytes for segment in segments) != size:
         raise ValueError(f"the digests of {body['name']!r} do not cover it")
     name = names.checked(_text(body["name"]))
-    return DataFile(name=name, rank=_integer(body["rank"]), num_bytes=size, segments=tuple(segments))
+    return DataFile(name=name, rank=integer(body["rank"]), num_bytes=size, segments=tuple(segments))
 
 
 def _tensor_to_json(entry: TensorEntry) -> Json:
-    chunks = [[c.file, c.offset, list(c.start), list(c.shape)] for c in entry.chunks]
-    return {"chunks": chunks, "dtype": entry.dtype, "shape": list(entry.shape)}
+    return {"chunks": pieces.to_json(entry.chunks), "dtype": entry.dtype, "shape": list(entry.shape)}
 
 
-def _tensors_from_json(bodies: dict[str, Json]) -> dict[str, TensorEntry]:
+def _tensors_from_json(bodies: dict[str, Json], begins: tuple[int, ...] | None) -> dict[str, TensorEntry]:
     """Return the tensors; those that lie in one piece, by far the most, in one quick loop."""
     tensors: dict[str, TensorEntry] = {}
     for name, body in bodies.items():
         dtype, sizes, chunks = body["dtype"], body["shape"], body["chunks"]
         num_dims = len(sizes)
-        if len(chunks) == 1 and dtype in ITEM_BYTES and num_dims <= MAX_DIMS:
+        if len(chunks) == 1 and len(chunks[0]) == 4 and dtype in ITEM_BYTES and num_dims <= MAX_DIMS:
             file, offset, start, size = chunks[0]
             shape = tuple(sizes)
             plain = type(file) is int and type(offset) is int and file >= 0 and 0 <= offset < 1 << 62
@@ -365,24 +362,18 @@ def _tensors_from_json(bodies: dict[str, Json]) -> dict[str, TensorEntry]:
             if plain and size == sizes and start == _ZEROS[num_dims]:
                 tensors[name] = TensorEntry(dtype, shape, (Chunk(file, offset, _ORIGINS[num_dims], shape),))
                 continue
-        tensors[name] = _tensor_from_json(body)
+        tensors[name] = _tensor_from_json(body, begins)
     return tensors
 
 
-def _tensor_from_json(body: Json) -> TensorEntry:
-    dtype, shape = body["dtype"], _sizes(body["shape"])
+def _tensor_from_json(body: Json, begins: tuple[int, ...] | None) -> TensorEntry:
+    dtype, shape = body["dtype"], pieces.sizes(body["shape"])
     # An empty tensor, too, has strides, which have to fit.
     if len(shape) > MAX_DIMS or (0 in shape and math.prod(size or 1 for size in shape) >= 1 << 56):
         raise ValueError(f"a tensor of shape {shape!s:.80}")
     if dtype not in ITEM_BYTES:
         raise ValueError(f"unknown dtype {dtype!r:.40}")
-    chunks = []
-    for file, offset, start, size in body["chunks"]:
-        chunk = Chunk(_integer(file), _integer(offset), _sizes(start), _sizes(size))
-        if len(chunk.start) != len(shape) or len(chunk.shape) != len(shape):
-            raise ValueError("a chunk has other dimensions than its tensor")
-        chunks.append(chunk)
-    return TensorEntry(dtype, shape, tuple(chunks))
+    return TensorEntry(dtype, shape, pieces.from_json(body["chunks"], num_dims=len(shape), begins=begins))
 
 
 def _object_from_json(body: Json) -> ObjectEntry:
@@ -393,12 +384,6 @@ def _object_from_json(body: Json) -> ObjectEntry:
 
 def _float_to_json(value: float) -> Json:
     return value if math.isfinite(value) else repr(value)
-
-
-def _integer(value: Any, *, least: int = 0) -> int:
-    if type(value) is not int or value < least or value >= 1 << 62:
-        raise ValueError(f"{value!r:.40} is no integer from {least} on")
-    return value
 
 
 def _moment(value: Any) -> float:
@@ -418,10 +403,3 @@ def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{value!r:.40} is no mapping")
     return value
-
-
-def _sizes(value: Any) -> tuple[int, ...]:
-    for size in value:
-        if type(size) is not int or not 0 <= size < 1 << 62:
-            raise ValueError(f"{size!r:.40} is no size")
-    return tuple(value)

@@ -111,7 +111,9 @@ def _skim(data: bytes) -> Outline | None:
     for name in (*facts, "files"):
         if text.find(f'"{name}":', objects_begin, parent_begin) >= 0 or text.find(f'"{name}":', run_begin) >= 0:
             return None
-    if facts["format"] != FORMAT or facts["layout"] not in ("full", "sharded"):
+    if type(facts["format"]) is not int or not 1 <= facts["format"] <= FORMAT:
+        return None
+    if facts["layout"] not in ("full", "sharded"):
         return None
     if not math.isfinite(float(facts["created"])):
         return None

@@ -189,6 +189,20 @@ def in_file_order(blocks: Sequence[Block]) -> list[Block]:
 
 
 def _file_order(block: Block) -> tuple[int, int, str]:
-    num_bytes = block.num_bytes
-    alignment = min(num_bytes & -num_bytes, ALIGNMENT) if num_bytes else ALIGNMENT
-    return -alignment, -ITEM_BYTES[block.dtype], block.dtype
+    return file_order(block.dtype, block.num_bytes)
+
+
+def file_order(dtype: str, num_bytes: int) -> tuple[int, int, str]:
+    """Return the key by which blocks stand in a file.
+
+    Ranks: any.
+    """
+    return -alignment(num_bytes), -ITEM_BYTES[dtype], dtype
+
+
+def alignment(num_bytes: int) -> int:
+    """Return to what a block of this size is aligned.
+
+    Ranks: any.
+    """
+    return min(num_bytes & -num_bytes, ALIGNMENT) if num_bytes else ALIGNMENT

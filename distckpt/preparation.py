@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from distckpt import names, room
+from distckpt.allotment import Allotment
 from distckpt.checksum import digest
 from distckpt.errors import DistckptError, RankFailedError, RankTimeoutError, UsageError
 from distckpt.garbage import kept_off
@@ -73,6 +74,7 @@ class PreparedSave:
         workspace: What is kept for the next save.
         stage_s: Seconds that planning and staging took.
         sampled: A sample of what should be the same on all ranks; None if there is nothing to compare.
+        allotment: What all ranks write of tensors that are spread over meshes; None if nothing, or not known.
         failure: What went wrong on this rank since the ranks agreed to save; the commit tells all.
     """
 
@@ -83,6 +85,7 @@ class PreparedSave:
     workspace: Workspace
     stage_s: float
     sampled: Sampled | None = None
+    allotment: Allotment | None = None
     failure: Exception | None = None
 
 
@@ -119,11 +122,12 @@ def prepare(
     """
     begun = time.monotonic()
     flat, verdict = _agree(state, request, ranks=ranks, workspace=workspace, storage=storage)
-    objects, staged, sampled, failure = flat, None, None, None
+    objects, staged, sampled, failure, allotment = flat, None, None, None, None
     try:
         if request.inspection is not None and request.inspection.replicas != "off" and ranks.world_size > 1:
             sampled = request.inspection.sample(flat, attempt=verdict["attempt"])
         objects, share, tensors = _share(flat, verdict["per_rank"], request, ranks=ranks, workspace=workspace)
+        allotment = share.allotment
         if share.plan.blocks:
             patient = share.picked(_patience(state, objects, len(tensors))) if overlap else None
             staged = workspace.staging.stage(share.plan, share.sources(tensors), patient=patient)
@@ -141,6 +145,7 @@ def prepare(
         workspace=workspace,
         stage_s=time.monotonic() - begun,
         sampled=sampled,
+        allotment=allotment,
         failure=failure,
     )
 

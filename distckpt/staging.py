@@ -66,6 +66,8 @@ class Staging:
             self._views, self._plan, self._memory, memory = [], None, None, None  # let go of the old one first
             memory = self._memory = HostMemory(plan.num_bytes, pinned=pinned)
         memory.view[: len(plan.header)] = plan.header
+        for begin, size in plan.gaps:
+            memory.view[begin : begin + size] = bytes(size)
         self._views = _views(memory.tensor, plan)
         self._steps = list(_steps(self._views, plan))
         self._plan = plan

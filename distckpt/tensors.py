@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from distckpt.errors import UnsupportedStateError
+from distckpt.spread import Mesh, Spread, is_even, mesh_of, writers
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -33,6 +37,10 @@ DTYPES: dict[str, torch.dtype] = {
     "C128": torch.complex128,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# The meshes seen last, each held so that its id stays its own: to compare two of many ranks takes as long as both are.
+_meshes: dict[int, tuple[DeviceMesh, Mesh | None]] = {}
+_MOST_MESHES = 64
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -108,32 +116,105 @@ def local_box(tensor: torch.Tensor) -> Box | None:
     """
     if not isinstance(tensor, DTensor):
         return whole(tensor)
-    if tensor.device_mesh.get_coordinate() is None:
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
         return None
-    shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    spread = _spread_by(_plain_mesh(tensor.device_mesh), tensor.placements, tensor.shape)
+    if spread is not None:
+        start, shape = spread.box_at(tuple(coordinate))
+    else:
+        shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     if tensor.numel() and 0 in shape:
         return None
     return Box(start=tuple(start), shape=tuple(shape))
 
 
+def spread_of(tensor: torch.Tensor) -> Spread | None:
+    """Return how a tensor is cut over its mesh, as every rank can tell of every other; None if that cannot be said.
+
+    Ranks: any.
+    """
+    if not isinstance(tensor, DTensor) or not tensor.numel():
+        return None
+    spread = _spread_by(_plain_mesh(tensor.device_mesh), tensor.placements, tensor.shape)
+    coordinate = tensor.device_mesh.get_coordinate()
+    if spread is not None and coordinate is not None:
+        _, shape = spread.box_at(tuple(coordinate))
+        if 0 not in shape and shape != tuple(local(tensor).shape):  # somebody has cut it by hand
+            return None
+    return spread
+
+
+@lru_cache(maxsize=1 << 14)
+def _spread_by(mesh: Mesh | None, placements: tuple[Placement, ...], shape: torch.Size) -> Spread | None:
+    """Return how a tensor of this shape is cut; the same on each rank."""
+    if mesh is None:
+        return None
+    splits: list[tuple[int, int]] = []
+    strided: list[tuple[int, int]] = []
+    for mesh_dim, placement in enumerate(placements):
+        if type(placement) is Shard and 0 <= placement.dim < len(shape):
+            splits.append((mesh_dim, placement.dim))
+        elif type(placement) is _StridedShard and placement.split_factor == _cut_behind(
+            mesh.sizes, placements, mesh_dim
+        ):
+            strided.append((mesh_dim, placement.dim))
+        elif type(placement) is not Replicate:
+            return None
+    # FSDP over tensor parallelism: what is strided is cut last. Where that is uneven, pieces are no boxes.
+    spread = Spread(mesh, tuple(shape), (*splits, *reversed(strided)))
+    return spread if not strided or is_even(spread) else None
+
+
+def _cut_behind(sizes: Sequence[int], placements: Sequence[Placement], mesh_dim: int) -> int:
+    """Return into how many parts the later dimensions of a mesh cut the dimension that one of them cuts."""
+    parts = 1
+    dim = getattr(placements[mesh_dim], "dim", None)
+    for size, placement in zip(sizes[mesh_dim + 1 :], placements[mesh_dim + 1 :], strict=True):
+        if isinstance(placement, (Shard, _StridedShard)) and placement.dim == dim:
+            parts *= size
+    return parts
+
+
+def _plain_mesh(mesh: DeviceMesh) -> Mesh | None:
+    """Return a mesh as its numbers; None if its ranks stand in no such order."""
+    known = _meshes.get(id(mesh))
+    if known is None:
+        if len(_meshes) >= _MOST_MESHES:
+            _meshes.clear()
+        known = _meshes[id(mesh)] = (mesh, _numbered(mesh))
+    return known[1]
+
+
+def _numbered(mesh: DeviceMesh) -> Mesh | None:
+    ranks = mesh.mesh.cpu()
+    first = int(ranks.flatten()[0])
+    steps = [
+        int(ranks.select(dim, 1).flatten()[0]) - first if ranks.shape[dim] > 1 else 0 for dim in range(ranks.dim())
+    ]
+    plain = mesh_of(first, tuple(ranks.shape), tuple(steps))
+    if plain is None:
+        return None
+    expected = torch.full_like(ranks, first)
+    for dim, (size, step) in enumerate(zip(plain.sizes, plain.steps, strict=True)):
+        along = torch.arange(size, dtype=ranks.dtype) * step
+        expected += along.view([-1 if each == dim else 1 for each in range(ranks.dim())])
+    return plain if torch.equal(expected, ranks) else None
+
+
 def writes_replica(tensor: DTensor, name: str) -> bool:
     """Say whether, of the ranks that hold the same part of `tensor`, this one has to write it.
 
-    Every rank answers for itself: among replicas the one whose place in the mesh fits the name's checksum is chosen,
-    which spreads names over the replicas.
+    Every rank answers for itself: among replicas the one whose place in the mesh fits the name's checksum is chosen.
 
     Ranks: any.
     """
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return False
-    chosen = zlib.crc32(name.encode())
-    for place, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
-        if isinstance(placement, Replicate):
-            if place != chosen % size:
-                return False
-            chosen //= size
-    return True
+    sizes = tuple(tensor.device_mesh.shape)
+    replicas = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+    return all(coordinate[dim] == place for dim, place in writers(name, replicas, sizes).items())
 
 
 def memory(tensor: torch.Tensor) -> memoryview:

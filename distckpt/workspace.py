@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed.tensor import DTensor
 
+from distckpt.allotment import Allotment, SpreadItem, allot, own_blocks_of
 from distckpt.errors import UsageError
 from distckpt.fileplan import FilePlan
 from distckpt.plan import Block
 from distckpt.shards import Draft, cut, own_blocks
 from distckpt.staging import Staging
 from distckpt.state import Blueprints, FlatObject
+from distckpt.tensors import DTYPE_NAMES, is_everywhere, spread_of
 from distckpt.values import Json
 
 Fact = TypeVar("Fact")
@@ -28,10 +30,19 @@ class Share:
 
     Attributes:
         plan: The plan of the rank's file.
+        allotment: What all ranks write of the tensors that are spread over meshes; None if there are none, or if this
+            rank would write others.
     """
 
-    def __init__(self, plan: FilePlan, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        plan: FilePlan,
+        names: Sequence[str],
+        tensors: Sequence[torch.Tensor],
+        allotment: Allotment | None = None,
+    ) -> None:
         self.plan = plan
+        self.allotment = allotment
         places = {name: index for index, name in enumerate(names)}
         self._picks = [places[block.name] for block in plan.blocks]
         self._cuts: dict[int, Block] = {}
@@ -48,8 +59,9 @@ class Share:
         Ranks: any.
         """
         picked = self.picked(tensors)
-        for number, block in self._cuts.items():
-            picked[number] = cut(picked[number], block)
+        with torch.no_grad():  # else torch makes a view for autograd of each DTensor
+            for number, block in self._cuts.items():
+                picked[number] = cut(picked[number], block)
         return picked
 
     def picked(self, facts: Sequence[Fact]) -> list[Fact]:
@@ -152,13 +164,30 @@ def _planned(
     entries = [(o, entry) for o in objects for entry in o.entries]
     tensors = {**{entry.name: entry.tensor for _, entry in entries}, **received}
     alone = num_writers == 1  # one writer writes all that it has
-    blocks: list[Block] = []
-    if rank < num_writers:
-        blocks = own_blocks(
-            tensors,
-            rank=rank,
-            num_writers=num_writers,
-            owners={} if alone else {e.name: e.owner for o, e in entries if e.owner is not None and not o.per_rank},
-            private=() if alone else {e.name for o, e in entries if o.per_rank},
-        )
-    return Share(FilePlan.of(blocks), list(tensors), list(tensors.values()))
+    if alone:
+        blocks = own_blocks(tensors, rank=rank, num_writers=1) if rank == 0 else []
+        return Share(FilePlan.of(blocks), list(tensors), list(tensors.values()))
+    owners = {e.name: e.owner for o, e in entries if e.owner is not None and not o.per_rank}
+    private = {e.name for o, e in entries if o.per_rank}
+    spread = _spread_items({n: t for n, t in tensors.items() if n not in private and n not in owners})
+    allotment = allot(spread, num_writers) if spread else None
+    told = set() if allotment is None else {item.name for item in spread}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in told}
+    blocks = own_blocks(rest, rank=rank, num_writers=num_writers, owners=owners, private=private)
+    if allotment is None:
+        return Share(FilePlan.of(blocks), list(tensors), list(tensors.values()))
+    plan = FilePlan.of(blocks, spread=own_blocks_of(spread, rank))
+    offsets = [offset - len(plan.header) for offset in plan.offsets[: plan.num_spread]]
+    if not allotment.is_what(rank, plan.blocks[: plan.num_spread], offsets):
+        allotment = None
+    return Share(plan, list(tensors), list(tensors.values()), allotment)
+
+
+def _spread_items(tensors: Mapping[str, torch.Tensor]) -> list[SpreadItem]:
+    """Return those tensors of which each rank knows what every other one writes."""
+    found = []
+    for name, tensor in tensors.items():
+        spread = spread_of(tensor) if isinstance(tensor, DTensor) and not is_everywhere(tensor) else None
+        if spread is not None:
+            found.append(SpreadItem(name, DTYPE_NAMES[tensor.dtype], spread))
+    return found

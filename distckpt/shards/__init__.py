@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.shards.boxes import Wanted, read_boxes, read_into, spans
 from distckpt.shards.division import cut, own_blocks, own_share
-from distckpt.shards.share import Draft, Header, RankShare, assemble, publish, write_share
+from distckpt.shards.draft import Draft
+from distckpt.shards.publication import Header, assemble, publish
+from distckpt.shards.share import RankShare, write_share
 
 if TYPE_CHECKING:
     from distckpt.shards.planners import ShardLoadPlanner, ShardSavePlanner

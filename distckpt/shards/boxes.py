@@ -13,8 +13,9 @@ from operator import add, itemgetter, sub
 
 import torch
 
+from distckpt.chunks import Chunk, overlapping
 from distckpt.datafiles import Reader
-from distckpt.manifest import Chunk, Manifest, TensorEntry
+from distckpt.manifest import Manifest, TensorEntry
 from distckpt.readtasks import Range
 from distckpt.safetensors import ITEM_BYTES
 from distckpt.tensors import DTYPES, Box, memory
@@ -198,7 +199,7 @@ def _parts(entry: TensorEntry, box: Box | None) -> Iterator[_Part]:
     if len(entry.chunks) == 1 and box.shape == entry.shape and 0 not in box.shape:
         yield _Part(chunk=entry.chunks[0], in_chunk=box.start, in_box=box.start, shape=box.shape)
         return
-    for chunk in entry.chunks:
+    for chunk in overlapping(entry.chunks, box.start, box.shape):
         first = tuple(map(max, chunk.start, box.start))
         last = tuple(map(min, map(add, chunk.start, chunk.shape), map(add, box.start, box.shape)))
         shape = tuple(map(sub, last, first))

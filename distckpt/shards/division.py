@@ -77,7 +77,7 @@ def cut(tensor: torch.Tensor, block: Block) -> torch.Tensor:
     Ranks: any.
     """
     part = local(tensor)
-    if block.shape == tuple(part.shape):
+    if part.shape == block.shape:
         return part
     box = local_box(tensor)
     if box is None:

@@ -151,18 +151,18 @@ def to_metadata(manifest: Manifest) -> Metadata:
     return Metadata(
         state_dict_metadata={**values, **aliases, **tensors},
         storage_data={
-            MetadataIndex(name, torch.Size(chunk.start)): chunk
-            for name, entry in manifest.tensors.items()
-            for chunk in entry.chunks
+            MetadataIndex(name, torch.Size([0] * len(entry.shape))): entry for name, entry in manifest.tensors.items()
         },
         storage_meta=StorageMeta(),
     )
 
 
 def _to_dcp(entry: TensorEntry) -> TensorStorageMetadata:
-    chunks = [ChunkStorageMetadata(offsets=torch.Size(c.start), sizes=torch.Size(c.shape)) for c in entry.chunks]
+    # The reader finds what lies where; who plans with one chunk need not go through those of all ranks.
+    shape = torch.Size(entry.shape)
+    chunks = [ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=shape)]
     properties = TensorProperties(dtype=DTYPES[entry.dtype])
-    return TensorStorageMetadata(properties=properties, size=torch.Size(entry.shape), chunks=chunks)
+    return TensorStorageMetadata(properties=properties, size=shape, chunks=chunks)
 
 
 def _aliases(manifest: Manifest) -> dict[str, str]:

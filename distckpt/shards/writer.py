@@ -18,7 +18,8 @@ from distckpt import names
 from distckpt.errors import UnsupportedStateError, UsageError
 from distckpt.manifest import ObjectEntry
 from distckpt.plan import Block, in_file_order
-from distckpt.shards.share import Header, RankShare, assemble, publish, write_share
+from distckpt.shards.publication import Header, assemble, publish
+from distckpt.shards.share import RankShare, write_share
 from distckpt.staging import stage_once
 from distckpt.storage import Storage, open_storage
 from distckpt.tensors import DTYPE_NAMES

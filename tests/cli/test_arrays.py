@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from distckpt import arrays, datafiles
 from distckpt.arrays import Source, deviation, numbers, read
-from distckpt.manifest import Chunk, Manifest, TensorEntry
+from distckpt.chunks import Chunk
+from distckpt.manifest import Manifest, TensorEntry
 from distckpt.safetensors import Piece, make_header
 from distckpt.storage import open_storage
 from distckpt.tensors import DTYPES

@@ -124,8 +124,14 @@ def seeds(target: str) -> list[bytes]:
             "objects": {"x": {"kind": "value", "per_rank": False, "trees": [{"$tensor": "t"}]}},
             "tensors": {"t": {"chunks": [[0, 8, [0], [1]], [0, 12, [1], [3]]], "dtype": "F32", "shape": [4]}},
         }
-        text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-        return [text, sealed(text)]
+        files = [{**body["files"][0], "name": f"a/{n}", "rank": n} for n in range(6)]
+        table = {
+            "t": {"chunks": [[0, 0, [0, 0], [1, 2], [[1, 2, 1], [0, 3, 2]]]], "dtype": "U8", "shape": [3, 4]},
+            "u": {"chunks": [[1, 8, [0], [1]], [2, 2, [1], [1], [[0, 3, 1]]]], "dtype": "F32", "shape": [4]},
+        }
+        with_runs = {**body, "format": 2, "files": files, "tensors": table}
+        texts = [json.dumps(each, sort_keys=True, separators=(",", ":")).encode() for each in (body, with_runs)]
+        return [*texts, *map(sealed, texts)]
     if target == "values":
         trees = ({"$dict": [[1, {"$tuple": [1.5]}]]}, {"$numpy": ["float32", "1.5"]}, {"$bytes": "AA=="})
         more = ({"$float": "nan"}, {"$counter": [["a", 1]]}, {"$tensor": "t"}, [{"a": None}], {"$numpy": ["int8", 3]})

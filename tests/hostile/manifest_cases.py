@@ -251,6 +251,79 @@ def chunks() -> Iterator[Case]:
     yield changed("a chunk that begins at the file's end", to_the_end)
 
 
+def runs() -> Iterator[Case]:
+    """Runs of pieces that lie on one another, outside their tensor or files, or are far too many."""
+    rows, columns = 64, 96
+    row_bytes = 4 * columns
+
+    def of(
+        *repeats: Any, file: int = 0, rest: int = 0, start: Any = (0, 0), shape: Any = None
+    ) -> Callable[[Body], None]:
+        """Cut the table into four files of 16 rows each, as a run."""
+
+        def change(body: Body) -> None:
+            body["format"] = 2
+            begins = body["tensors"]["table"]["chunks"][0][1] - body["files"][0]["segments"][0][0]
+            piece = [file, begins + rest, list(start), list(shape or (rows // 4, columns))]
+            copies(body, 3)
+            body["tensors"]["table"]["chunks"] = [[*piece, *repeats]]
+
+        return change
+
+    def copies(body: Body, count: int) -> None:
+        first = body["files"][0]
+        body["files"] += [{**deepcopy(first), "name": f"{first['name']}.{number}"} for number in range(count)]
+
+    def short(body: Body) -> None:
+        body["files"][2].update(bytes=9, segments=[[9, "0" * 32]])
+
+    four = [[0, 4, 1]]
+    # The files that are named are not there: what is right in itself goes no further.
+    yield changed("a run of four files, three of which are not there", of(four))
+    yield changed("a run whose first piece is twice there", of([[0, 4, 1], [1, 2, 1]]))
+    yield changed("a run that covers the table twice", of([[0, 4, 1]], shape=(rows // 2, columns)))
+    yield changed("a run that leaves the tensor", of(four, start=(1, 0)))
+    yield changed("a run along columns that are not there", of([[1, 4, 1]]))
+    yield changed("a run behind the last file", of(four, file=1))
+    yield changed("a run that ends behind the last file", of([[0, 5, 1]]))
+    yield changed("a run beyond some of its files", of(four, rest=1 << 40))
+    yield changed("a run whose last piece ends outside its file", of(four, rest=rows * row_bytes * 2))
+    yield changed("a run in a file of too few bytes", lambda body: (of(four)(body), short(body)))
+    yield changed("a run in the first format", lambda body: (of(four)(body), body.update(format=1)))
+    yield changed("a run of 1,000,000 files, none of them there", of([[0, 1_000_000, 1]], shape=(1, 1)))
+    for number in (2**62, 2**61, 0, 1, -1, -(2**62), 2**4000):
+        yield changed(f"a run of {str(number)[:12]} pieces", of([[0, number, 1]]))
+        yield changed(f"a run of {str(number)[:12]} pieces of no size", of([[0, number, 1]], shape=(0, columns)))
+        if number != 1:
+            yield changed(f"a run with files {str(number)[:12]} apart", of([[0, 4, number]]))
+            yield changed(f"a run along dimension {str(number)[:12]}", of([[number, 4, 1]] if number else [[0, 4, 0]]))
+    for level in (2, 8, 9, 10_000):
+        yield changed(f"a run of runs, {level} deep", of([[0, 2, 2 ** min(n, 61)] for n in range(level)]))
+        yield changed(f"a run of runs of one file, {level} deep", of([[0, 2, 1]] * level))
+    for what, odd in (("null", None), ("a number", 4), ("text", "abc"), ("an object", {"a": 1}), ("nothing", [])):
+        yield changed(f"repeats that are {what}", of(odd))
+        yield changed(f"a repeat that is {what}", of([odd]))
+        yield changed(f"a repeat with {what} in it", of([[0, odd, 1]]))
+    yield changed("a repeat of four numbers", of([[0, 4, 1, 1]]))
+    yield changed("a chunk of six parts", of(four, four))
+
+    def ways(body: Body) -> None:
+        """Name sets of files in ever other ways, so that a look at each would take for ever."""
+        body["format"] = 2
+        copies(body, 6_000)
+        entry = body["tensors"]["table"]
+        chunk = [0, 0, [0], [1]]
+        body["tensors"].update(
+            {
+                f"extra.{n}": {"dtype": "U8", "shape": [6_000 - n], "chunks": [[n, *chunk[1:], [[0, 6_000 - n, 1]]]]}
+                for n in range(5_000)
+            }
+        )
+        assert entry is body["tensors"]["table"]
+
+    yield changed("5,000 tensors in runs of 6,000 files, each in another way", ways)
+
+
 def shapes() -> Iterator[Case]:
     for what, shape in (
         ("whose product overflows", [2**61, 2**61]),
@@ -633,5 +706,5 @@ def files() -> Iterator[Case]:
 
 
 def all_cases() -> list[Case]:
-    makers = (wrong_types, numbers, depths, chunks, shapes, names, trees, counts, sums, texts, files)
+    makers = (wrong_types, numbers, depths, chunks, runs, shapes, names, trees, counts, sums, texts, files)
     return [case for make in makers for case in make()]

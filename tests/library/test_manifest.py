@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt.checksum import digest
+from distckpt.chunks import Chunk
 from distckpt.errors import CheckpointDamagedError, FormatVersionError
-from distckpt.manifest import Chunk, DataFile, Manifest, ObjectEntry, Segment, TensorEntry, parse, serialize
+from distckpt.manifest import DataFile, Manifest, ObjectEntry, Segment, TensorEntry, parse, serialize
 
 NAMES = st.text(min_size=1, max_size=12)
 
@@ -130,6 +131,7 @@ HOSTILE = {
     "a step that is no integer": (["step"], "1"),
     "a layout nobody knows": (["layout"], "round"),
     "files that are no list": (["files"], 3),
+    "a run in the first format": (["tensors", "t", "chunks"], [[0, 0, [0], [1], [[0, 2, 1]]]]),
 }
 
 
@@ -138,6 +140,53 @@ def test_a_sealed_manifest_that_contradicts_itself_is_refused(name):
     parse(sealed(a_body()), path="p")
     with pytest.raises(CheckpointDamagedError):
         parse(sealed(replaced(*HOSTILE[name])), path="p")
+
+
+def a_body_with_runs() -> dict:
+    """Return a manifest of four files whose headers differ in length, and a tensor in a row of each of them."""
+    body = a_body()
+    body["format"] = 2
+    sizes = [(8 * n, 8) for n in range(1, 5)]
+    body["files"] = [
+        {"name": f"a/{n}", "rank": n, "bytes": sum(size), "segments": [[each, digest(b"x")] for each in size]}
+        for n, size in enumerate(sizes)
+    ]
+    body["tensors"] = {"t": {"dtype": "F32", "shape": [4, 2], "chunks": [[0, 0, [0, 0], [1, 2], [[0, 4, 1]]]]}}
+    return body
+
+
+def test_a_run_lies_behind_the_header_of_each_of_its_files():
+    manifest = parse(sealed(a_body_with_runs()), path="p")
+    assert [(c.file, c.offset, c.start, c.shape) for c in manifest.tensors["t"].chunks] == [
+        (n, 8 * (n + 1), (n, 0), (1, 2)) for n in range(4)
+    ]
+    assert serialize(manifest) == sealed(a_body_with_runs())
+
+
+@pytest.mark.parametrize(
+    ("chunk", "problem"),
+    [
+        ([0, 4, [0, 0], [1, 2], [[0, 4, 1]]], "outside its file"),
+        ([1, 0, [0, 0], [1, 2], [[0, 4, 1]]], "behind the last file"),
+        ([0, 0, [1, 0], [1, 2], [[0, 4, 1]]], "do not cover"),
+        ([0, 0, [0, 0], [1, 2], [[0, 3, 1]]], "do not cover"),
+        ([0, 0, [0, 0], [1, 2], [[0, 2, 1], [0, 2, 1]]], "a file twice"),
+        ([0, 0, [0, 0], [1, 2], [[1, 4, 1]]], "do not cover"),
+        ([0, 0, [0, 0], [2, 2], [[0, 4, 1]]], "outside its file"),
+        ([0, 0, [0, 0], [1, 2], [[0, 1 << 62, 1]]], "no integer"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused(chunk, problem):
+    body = a_body_with_runs()
+    body["tensors"]["t"]["chunks"] = [chunk]
+    with pytest.raises(CheckpointDamagedError, match=problem):
+        parse(sealed(body), path="p")
+
+
+def test_a_manifest_without_runs_says_the_first_format():
+    assert json.loads(serialize(parse(sealed(a_body()), path="p")))["format"] == 1
+    body = {**a_body(), "format": 2}
+    assert json.loads(serialize(parse(sealed(body), path="p")))["format"] == 1
 
 
 def test_a_newer_format_is_refused_with_the_way_out():

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from distckpt import outline
 from distckpt.checksum import digest
+from distckpt.chunks import Chunk
 from distckpt.errors import CheckpointDamagedError, FormatVersionError
-from distckpt.manifest import Chunk, DataFile, Manifest, ObjectEntry, Segment, TensorEntry, parse, serialize
+from distckpt.manifest import DataFile, Manifest, ObjectEntry, Segment, TensorEntry, parse, serialize
 
 ODD = st.sampled_from(["step", "run", "parent", "tensors", ',"tensors":{', '"', "\\", "files", "ä", "],", "model.fc"])
 TEXT = st.text(max_size=8) | ODD
