@@ -16,7 +16,7 @@ from functools import partial
 
 from distckpt import catalog, fileplan, names
 from distckpt.checksum import digest
-from distckpt.errors import DistckptError, RankFailedError
+from distckpt.errors import DistckptError, RankFailedError, StorageError
 from distckpt.garbage import kept_off
 from distckpt.inspection import FiniteCheck
 from distckpt.manifest import Manifest, ObjectEntry, check_references, objects_text, to_text
@@ -48,6 +48,7 @@ def commit(
     ranks: Ranks,
     storage: Storage,
     insist: Callable[[], None] = lambda: None,
+    confirm: Callable[[], None] = lambda: None,
     also: Look | None = None,
 ) -> Committed | None:
     """Write this rank's share, and once every rank has, publish the manifest.
@@ -57,6 +58,8 @@ def commit(
         ranks: The channel of the thread that writes.
         storage: The run's directory.
         insist: Called on rank 0 right before the manifest is published; raises if nothing may be published any more.
+        confirm: Called on rank 0 once the manifest is published, or anything has failed; raises if another job has the
+            directory by now. Who stood still is taken for dead, and its share for what a dead save has left.
         also: Is called with each piece of this rank's file and where it begins, in order, while it is written.
 
     Returns:
@@ -106,11 +109,16 @@ def commit(
         insist()
         tried = True  # from here on it may be there, whatever is raised
         num_bytes = publish(storage, request.folder, manifest, texts=texts)
+        confirm()
         published.append(Committed(manifest=manifest, num_bytes=num_bytes))
         return {"has_parted": has_parted}
 
+    def explain() -> None:
+        with contextlib.suppress(StorageError):
+            confirm()
+
     try:
-        if ranks.agree(request.action, write, finish)["has_parted"]:
+        if ranks.agree(request.action, write, finish, explain=explain)["has_parted"]:
             _tell_divergence(save, ranks)
     except BaseException as error:
         if ranks.rank == 0:

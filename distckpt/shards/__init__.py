@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.shards.boxes import Wanted, read_boxes, read_into, spans
 from distckpt.shards.division import cut, own_blocks, own_share
-from distckpt.shards.share import Draft, Header, RankShare, assemble, publish, write_share
+from distckpt.shards.share import Draft, Header, RankShare, assemble, committed_by, publish, write_share
 
 if TYPE_CHECKING:
     from distckpt.shards.planners import ShardLoadPlanner, ShardSavePlanner
@@ -41,6 +41,7 @@ __all__ = [
     "ShardWriter",
     "Wanted",
     "assemble",
+    "committed_by",
     "cut",
     "own_blocks",
     "own_share",
