@@ -17,7 +17,7 @@ from distckpt.checksum import digest
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError, FormatVersionError
 from distckpt.manifest import MAX_BYTES, Layout, Manifest, parse
 from distckpt.outline import Outline, outline
-from distckpt.storage import FileInfo, Storage, withdraw
+from distckpt.storage import FileInfo, Storage, holds, withdraw
 from distckpt.values import Json
 
 _ATTEMPT = re.compile(r"[0-9a-f]{16}")
@@ -153,8 +153,17 @@ def read_manifest(storage: Storage, folder: str = "") -> Manifest:
         FormatVersionError: It is of a newer format.
         StorageError: It could not be read.
     """
+    return parsed_manifest(storage, folder, manifest_data(storage, folder))
+
+
+def parsed_manifest(storage: Storage, folder: str, data: bytes) -> Manifest:
+    """Return the manifest that `manifest_data` has read in `folder`, checked.
+
+    Raises:
+        As `read_manifest` does, but for what reading raises.
+    """
     path = names.join(storage.url, folder)
-    manifest = parse(_manifest_data(storage, folder), path=path)
+    manifest = parse(data, path=path)
     _check_step(manifest.step, folder, path)
     return manifest
 
@@ -168,12 +177,18 @@ def read_outline(storage: Storage, folder: str, *, pinned: bool = False) -> Chec
         As `read_manifest` does.
     """
     path = names.join(storage.url, folder)
-    found = outline(_manifest_data(storage, folder), path=path)
+    found = outline(manifest_data(storage, folder), path=path)
     _check_step(found.step, folder, path)
     return describe(storage, found, folder=folder, pinned=pinned)
 
 
-def _manifest_data(storage: Storage, folder: str) -> bytes:
+def manifest_data(storage: Storage, folder: str) -> bytes:
+    """Return the bytes of the manifest in `folder`, whatever they are.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        StorageError: It could not be read, or is larger than any manifest.
+    """
     try:
         return storage.read_all(names.join(folder, names.MANIFEST), limit_bytes=MAX_BYTES)
     except FileNotFoundError as error:
@@ -240,21 +255,26 @@ def committed(
     return found
 
 
-def quarantine(storage: Storage, folder: str, *, reason: str) -> None:
+def quarantine(storage: Storage, folder: str, *, data: bytes, reason: str) -> None:
     """Put a damaged checkpoint's manifest aside, so that it is none any more; its files stay until they are pruned.
+
+    Args:
+        storage: The directory.
+        folder: The checkpoint's folder in it.
+        data: The manifest that was found wanting, as `manifest_data` has read it. If another one is there by now, for
+            the step was saved again, it stays.
+        reason: What is wrong.
 
     Raises:
         StorageError: The storage refuses; the checkpoint is as it was.
     """
     name = names.join(folder, names.MANIFEST)
-    try:
-        data = storage.read_all(name, limit_bytes=MAX_BYTES)
-    except FileNotFoundError:
+    if not holds(storage, name, data):
         return
     record = {"manifest": data.decode(errors="replace"), "reason": reason}
     with contextlib.suppress(FileExistsError):  # put aside before, for another reason
         storage.publish(names.join(folder, names.quarantine_name(digest(data)[:16])), json.dumps(record).encode())
-    withdraw(storage, name)
+    withdraw(storage, name, data)
 
 
 def remove(storage: Storage, folder: Folder) -> None:

@@ -17,7 +17,7 @@ from functools import partial
 from distckpt import catalog, fileplan, names
 from distckpt.allotment import Allotment
 from distckpt.checksum import digest
-from distckpt.errors import DistckptError, RankFailedError
+from distckpt.errors import DistckptError, RankFailedError, StorageError
 from distckpt.garbage import kept_off
 from distckpt.inspection import FiniteCheck
 from distckpt.manifest import Manifest, ObjectEntry, check_references, objects_text, to_text
@@ -48,6 +48,7 @@ def commit(
     ranks: Ranks,
     storage: Storage,
     insist: Callable[[], None] = lambda: None,
+    confirm: Callable[[], None] = lambda: None,
     also: Look | None = None,
 ) -> Committed | None:
     """Write this rank's share, and once every rank has, publish the manifest.
@@ -57,6 +58,8 @@ def commit(
         ranks: The channel of the thread that writes.
         storage: The run's directory.
         insist: Called on rank 0 right before the manifest is published; raises if nothing may be published any more.
+        confirm: Called on rank 0 once the manifest is published, or anything has failed; raises if another job has the
+            directory by now. Who stood still is taken for dead, and its share for what a dead save has left.
         also: Is called with each piece of this rank's file and where it begins, in order, while it is written.
 
     Returns:
@@ -73,12 +76,12 @@ def commit(
 
     Ranks: all (collective); blocks until the checkpoint is committed.
     """
-    committing = _Committing(save, ranks=ranks, storage=storage, insist=insist, also=also)
-    action = save.request.action
+    committing = _Committing(save, ranks=ranks, storage=storage, insist=insist, confirm=confirm, also=also)
+    action, explain = save.request.action, committing.explain
     try:
-        verdict = ranks.agree(action, committing.write, committing.finish)
+        verdict = ranks.agree(action, committing.write, committing.finish, explain=explain)
         if verdict.get("is_apart"):
-            verdict = ranks.agree(action, committing.tell, committing.finish_told)
+            verdict = ranks.agree(action, committing.tell, committing.finish_told, explain=explain)
         if verdict["has_parted"]:
             _tell_divergence(save, ranks)
     except BaseException as error:
@@ -104,6 +107,7 @@ class _Committing:
         ranks: Ranks,
         storage: Storage,
         insist: Callable[[], None],
+        confirm: Callable[[], None],
         also: Look | None,
     ) -> None:
         self.published: Committed | None = None
@@ -112,6 +116,7 @@ class _Committing:
         self._ranks = ranks
         self._storage = storage
         self._insist = insist
+        self._confirm = confirm
         self._also = also
         self._share = RankShare(file=None, blocks=(), offsets=())
         self._reports: list[Json] = []
@@ -171,8 +176,14 @@ class _Committing:
         self._insist()
         self.has_tried = True
         num_bytes = publish(self._storage, save.request.folder, manifest, texts=texts)
+        self._confirm()
         self.published = Committed(manifest=manifest, num_bytes=num_bytes)
         return {"has_parted": self._has_parted}
+
+    def explain(self) -> None:
+        """Rank 0: say that another job has the directory, if that is why something has failed."""
+        with contextlib.suppress(StorageError):
+            self._confirm()
 
 
 def _looking(one: Look | None, other: Look | None) -> Look | None:

@@ -91,13 +91,22 @@ class Ranks:
                 self._store = _under(f"{_place(store, timeout_s)}/{channel}", store)
                 self._root = freshstore.root(store)
 
-    def agree(self, action: str, work: Callable[[], Fact], decide: Callable[[list[Fact]], Verdict]) -> Verdict:
+    def agree(
+        self,
+        action: str,
+        work: Callable[[], Fact],
+        decide: Callable[[list[Fact]], Verdict],
+        *,
+        explain: Callable[[], None] = lambda: None,
+    ) -> Verdict:
         """Do `work` on every rank, and return on every rank what rank 0 decides from all its results.
 
         Args:
             action: What the ranks are doing, for errors: "save of step 2000".
             work: Runs on this rank; returns JSON values.
             decide: Runs on rank 0, once every rank's work has succeeded, with the results by rank; returns JSON values.
+            explain: Runs on rank 0 if the work of a rank, or `decide`, has raised; raises what that comes of, if it
+                knows.
 
         Returns:
             The verdict, as it is after a way through JSON.
@@ -107,12 +116,17 @@ class Ranks:
                 raised one kind of DistckptError, each rank raises its own. Without other ranks, the error itself.
             RankTimeoutError: Ranks did not arrive within `timeout_s`; names them.
             UsageError: Ranks are at different actions.
-            DistckptError: What `decide` raised, on all ranks. A StorageError, whoever met it, names its rank and host.
+            DistckptError: What `decide` raised, or `explain`, on all ranks. A StorageError, whoever met it, names its
+                rank and host.
 
         Ranks: all (collective); blocks until every rank's work is done.
         """
         if self._store is None:
-            return decide([work()])
+            try:
+                return decide([work()])
+            except Exception:
+                explain()
+                raise
         self._round += 1
         error: BaseException | None = None
         post: dict[str, Any] = {"action": action}
@@ -122,7 +136,7 @@ class Ranks:
             error = raised
             post["error"] = {**_describe(raised), "host": self.host}
         try:
-            verdict = self._exchange(self._meeting or self._store, action, post, decide)
+            verdict = self._exchange(self._meeting or self._store, action, post, decide, explain)
         except DistckptError as shared:
             raise shared from error
         if isinstance(error, StorageError) and verdict.get("own"):
@@ -187,7 +201,12 @@ class Ranks:
         return self._ask("looking for news", lambda: int(store.get(key)) if store.check([key]) else None)
 
     def _exchange(
-        self, store: _Store, action: str, post: dict[str, Any], decide: Callable[[list[Any]], Any]
+        self,
+        store: _Store,
+        action: str,
+        post: dict[str, Any],
+        decide: Callable[[list[Any]], Any],
+        explain: Callable[[], None],
     ) -> dict[str, Any]:
         """Post this rank's result, and return rank 0's verdict on all of them."""
         number = self._round
@@ -195,7 +214,7 @@ class Ranks:
             verdict = self._told(store, action, number, post)
             self._move(verdict)
             return verdict
-        verdict = self._judge(store, action, post, decide)
+        verdict = self._judge(store, action, post, decide, explain)
 
         def tell() -> None:
             if self._root is not None and self._meeting is None and "error" not in verdict:
@@ -243,7 +262,12 @@ class Ranks:
         return found[0]
 
     def _judge(
-        self, store: _Store, action: str, own: dict[str, Any], decide: Callable[[list[Any]], Any]
+        self,
+        store: _Store,
+        action: str,
+        own: dict[str, Any],
+        decide: Callable[[list[Any]], Any],
+        explain: Callable[[], None],
     ) -> dict[str, Any]:
         """Rank 0: collect what every rank posted, and turn it into a verdict."""
         keys = self._posts()
@@ -256,7 +280,7 @@ class Ranks:
             posts = [own, *self._ask(action, collect)]
         except RankTimeoutError as error:
             return {"error": to_wire(error)}
-        return self._decided(action, posts, decide)
+        return _explained(self._decided(action, posts, decide), explain)
 
     def _decided(self, action: str, posts: list[dict[str, Any]], decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
         """Rank 0: turn what every rank posted into a verdict."""
@@ -350,6 +374,16 @@ def _read(store: _Store, keys: list[str], deadline: float) -> list[bytes]:
         return store.multi_get(keys)  # waits, too
     store.wait(keys, _left(deadline))
     return [store.get(key) for key in keys]
+
+
+def _explained(verdict: dict[str, Any], explain: Callable[[], None]) -> dict[str, Any]:
+    """Rank 0: return the verdict, or if that is an error, the one that it comes of."""
+    if "error" in verdict:
+        try:
+            explain()
+        except DistckptError as error:
+            return {"error": to_wire(error)}
+    return verdict
 
 
 def _packed(value: Any) -> str:

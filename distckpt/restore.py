@@ -200,13 +200,15 @@ def _choose(
         if not candidate.committed or candidate.name in left_out:
             continue
         try:
-            manifest = catalog.read_manifest(storage, candidate.name)
-            _check_sizes(candidate, manifest, storage.url)
+            data = catalog.manifest_data(storage, candidate.name)
         except CheckpointNotFoundError:
             continue  # it was deleted just now
+        try:
+            manifest = catalog.parsed_manifest(storage, candidate.name, data)
+            _check_sizes(candidate, manifest, storage.url)
         except CheckpointDamagedError as error:
             left_out.add(candidate.name)
-            _put_aside(storage, candidate.name, str(error), request)
+            _put_aside(storage, candidate.name, data, str(error), request)
             continue
         return _chosen(candidate.name, manifest, known)
     if origin is not None:
@@ -236,11 +238,11 @@ def _check_sizes(folder: catalog.Folder, manifest: Manifest, url: str) -> None:
         )
 
 
-def _put_aside(storage: Storage, folder: str, reason: str, request: RestoreRequest) -> None:
-    """Put a damaged checkpoint aside, loudly."""
+def _put_aside(storage: Storage, folder: str, data: bytes, reason: str, request: RestoreRequest) -> None:
+    """Put a damaged checkpoint aside, by its manifest's bytes, loudly."""
     first_line = reason.partition("\n")[0]
     try:
-        catalog.quarantine(storage, folder, reason=first_line)
+        catalog.quarantine(storage, folder, data=data, reason=first_line)
         done = "it is put aside"
     except DistckptError as error:
         done = f"it could not be put aside ({error})"
@@ -341,15 +343,17 @@ def _examine(storage: Storage, request: RestoreRequest, folder: str, rank: int, 
     """Rank 0: look at a checkpoint that a rank could not read; put it aside if it is damaged, and may be."""
     found = {**fact, "vanished": False, "confirmed": True}
     try:
-        manifest = catalog.read_manifest(storage, folder)
-        problem = next(verification.verify(storage, manifest, folder=folder), None)
+        data = catalog.manifest_data(storage, folder)
     except CheckpointNotFoundError:
         return {**found, "vanished": True}
+    try:
+        manifest = catalog.parsed_manifest(storage, folder, data)
+        problem = next(verification.verify(storage, manifest, folder=folder), None)
     except CheckpointDamagedError as error:
         problem = verification.Problem(file=names.MANIFEST, problem=error.problem)
     if problem is None:
         return {**found, "confirmed": False}
     if request.heal:
         reason = f"{names.join(storage.url, folder)}: {problem.file!r} {problem.problem}"
-        _put_aside(storage, folder, reason, request)
+        _put_aside(storage, folder, data, reason, request)
     return {**found, "file": problem.file, "problem": problem.problem}

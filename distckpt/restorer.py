@@ -86,6 +86,8 @@ class Restorer:
         own = partial(self._saver.own, ranks) if owns else None
         origin = branch_off(self._home, own=own, ranks=ranks)
         manifest = self._load(state, request, ranks=ranks, origin=origin)
+        if not owns and request.step is None:
+            self._saver.follow(0 if manifest is None else manifest.step)
         if owns:
             self._saver.sweep()
             self._saver.sweep_tier(manifest)

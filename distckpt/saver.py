@@ -14,7 +14,7 @@ from typing import Any, Literal
 from distckpt import catalog, names
 from distckpt.background import Pruner, PruneRequest, Writing
 from distckpt.commit import Look, commit
-from distckpt.errors import SaveInFlightError, StorageFullError, UsageError
+from distckpt.errors import CheckpointExistsError, SaveInFlightError, StorageFullError, UsageError
 from distckpt.events import Callback, Saved, SaveFailed, SaveSkipped
 from distckpt.inspection import Inspection
 from distckpt.manifest import Layout, Manifest
@@ -24,8 +24,9 @@ from distckpt.preparation import PreparedSave, SaveRequest, prepare, prewarm
 from distckpt.progress import Progress
 from distckpt.ranks import Ranks
 from distckpt.retention import Retention
+from distckpt.shards import committed_by
 from distckpt.storage import Storage
-from distckpt.tenure import Tenure
+from distckpt.tenure import ACTION, Tenure
 from distckpt.values import Json
 from distckpt.workspace import Workspace
 
@@ -96,6 +97,7 @@ class Saver:
         self._run: str | None = None
         self._parent: dict[str, Json] | None = None
         self._resumed_from: int | None = None
+        self._followed: int | None = None
         self._begun_step: int | None = None
         self._begun_s = 0.0
         self._saved_step: int | None = None
@@ -142,15 +144,34 @@ class Saver:
         self._resumed_from = self._saved_step = manifest.step
         self._saved_at = None
 
+    def follow(self, step: int) -> None:
+        """Take note that `step` was the newest one, or 0, when this job read it without owning the directory.
+
+        Ranks: any.
+        """
+        self._followed = step
+
     def own(self, ranks: Ranks) -> None:
         """Take the directory, unless this job has it.
 
         Raises:
+            CheckpointExistsError: Another job has gone on there since this one restored; then nothing is saved.
             As `Tenure.begin` does.
 
         Ranks: all (collective); blocks as `Tenure.begin` does.
         """
-        self._tenure.begin(self.storage, ranks)
+        if self._tenure.begin(self.storage, ranks) and self._followed is not None:
+            ranks.agree(ACTION, lambda: None, lambda _: self._refuse_newer())
+
+    def _refuse_newer(self) -> None:
+        """Rank 0: raise if there is a newer checkpoint than the one that this job goes on from."""
+        newest = catalog.find_newest(self.storage)
+        if newest is not None and self._followed is not None and newest.step > self._followed:
+            name = names.join(newest.name, names.MANIFEST)
+            fix = f"restore again: it was committed after this job had looked, and gone on from step {self._followed}"
+            raise CheckpointExistsError(
+                path=names.join(self.storage.url, name), found=committed_by(self.storage, name), fix=fix
+            )
 
     def sweep(self) -> bool:
         """Have deleted what dead saves before this job left, once, and if the directory is surely its own.
@@ -344,7 +365,14 @@ class Saver:
         self._under_way = prepared
         try:
             with self._copying(prepared, ranks.rank) as copy:
-                done = commit(prepared, ranks=ranks, storage=self.storage, insist=self._tenure.insist, also=copy)
+                done = commit(
+                    prepared,
+                    ranks=ranks,
+                    storage=self.storage,
+                    insist=self._tenure.insist,
+                    confirm=self._tenure.confirm,
+                    also=copy,
+                )
         except BaseException as error:
             self._tell(SaveFailed.of(error, step=step))
             raise

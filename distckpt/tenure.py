@@ -56,12 +56,15 @@ class Tenure:
         """Whether this is rank 0, and holds the lease as far as it knows."""
         return self._lease is not None and self._lease.still_held()
 
-    def begin(self, storage: Storage, ranks: Ranks) -> None:
+    def begin(self, storage: Storage, ranks: Ranks) -> bool:
         """Take the directory, unless this job has it; where no lease can be written, warn and go on.
 
         Args:
             storage: The run's directory.
             ranks: The channel of the training's thread.
+
+        Returns:
+            Whether it was taken just now.
 
         Raises:
             DirectoryBusyError: Another job owns it; raised on all ranks.
@@ -72,7 +75,7 @@ class Tenure:
             lease lasts.
         """
         if self._has_begun:
-            return
+            return False
 
         def take(views: list[Json]) -> Json:
             mark = self._marked(storage, views)
@@ -87,6 +90,7 @@ class Tenure:
             owner = Owner(**told["owner"])
             ranks.agree(ACTION, lambda: fate_of(owner), lambda fates: self._take(storage, ranks, {owner: set(fates)}))
         self._has_begun = True
+        return True
 
     def _marked(self, storage: Storage, views: list[Json]) -> str | None:
         """Rank 0: mark the directory for all to see; where nothing can be written, saves will say so."""
@@ -135,6 +139,20 @@ class Tenure:
         Ranks: 0; nothing happens on the others.
         """
         if self._lease is not None and not (self._is_exclusive and self._lease.still_held(share=0.5)):
+            self._lease.check()
+
+    def confirm(self) -> None:
+        """Make sure that no other job has taken the directory so far; called when something has been published.
+
+        Asks the storage nothing while the lease lasts; where two can publish one name, it looks.
+
+        Raises:
+            DirectoryBusyError: Another job has taken it over, before or after; what was published may not be whole.
+            StorageError: The lease is over, and could not be read or renewed.
+
+        Ranks: 0; nothing happens on the others.
+        """
+        if self._lease is not None and not (self._is_exclusive and self._lease.still_held()):
             self._lease.check()
 
     def conclude(self, ending: Ending, *, step: int | None, reason: str | None = None) -> None:

@@ -350,7 +350,8 @@ def _publish(target: Place, manifest: Manifest, data: bytes) -> Manifest:
     try:
         _refuse_lost_files(target, manifest)
     except StorageError:
-        catalog.quarantine(target.storage, target.folder, reason="files vanished while the copy was committed")
+        reason = "files vanished while the copy was committed"
+        catalog.quarantine(target.storage, target.folder, data=data, reason=reason)
         raise
     return manifest
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from distckpt.shards.boxes import Wanted, read_boxes, read_into, spans
 from distckpt.shards.division import cut, own_blocks, own_share
 from distckpt.shards.draft import Draft
-from distckpt.shards.publication import Header, assemble, publish
+from distckpt.shards.publication import Header, assemble, committed_by, publish
 from distckpt.shards.share import RankShare, write_share
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ __all__ = [
     "ShardWriter",
     "Wanted",
     "assemble",
+    "committed_by",
     "cut",
     "own_blocks",
     "own_share",

@@ -132,12 +132,21 @@ def publish(
         if manifest.parent is not None:  # what went on from an older one meets what came after that
             fix = "go on from there in a branch, and leave this one as it is: "
             fix += f'CheckpointManager({storage.url!r}, at={manifest.parent["step"]}, branch="NAME")'
-        raise CheckpointExistsError(path=names.join(storage.url, name), found=_who(storage, name), fix=fix) from error
+        raise CheckpointExistsError(
+            path=names.join(storage.url, name), found=committed_by(storage, name), fix=fix
+        ) from error
     return len(data)
 
 
-def _who(storage: Storage, name: str) -> str:
-    """Return who committed the checkpoint that is there, as far as it can be told."""
+def committed_by(storage: Storage, name: str) -> str:
+    """Return who committed the checkpoint that is there, as far as it can be told.
+
+    Args:
+        storage: The storage.
+        name: The manifest's name in it.
+
+    Ranks: any.
+    """
     try:
         there = parse(storage.read_all(name, limit_bytes=1 << 30), path=storage.url)
     except (DistckptError, OSError):

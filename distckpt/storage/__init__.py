@@ -12,6 +12,7 @@ from distckpt.storage.contract import (
     StepwiseStorage,
     Storage,
     UnfinishedUpload,
+    holds,
     read_scattered,
     withdraw,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Storage",
     "UnfinishedUpload",
     "VerbCount",
+    "holds",
     "mount_point",
     "open_storage",
     "read_scattered",

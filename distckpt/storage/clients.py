@@ -103,8 +103,8 @@ class Client(Protocol):
         """Delete objects, in any order; missing ones are no error."""
         ...
 
-    def withdraw(self, path: str) -> None:
-        """Delete the object that is there now, and if the server can be told so, no later one."""
+    def withdraw(self, path: str, data: bytes) -> None:
+        """Delete an object that holds `data`, and if the server can be told so, no later one."""
         ...
 
     def uploads(self, prefix: str) -> list[Upload]:
@@ -246,9 +246,10 @@ class FilesystemClient:
         with suppress(FileNotFoundError):
             self._filesystem().rm_file(path)
 
-    def withdraw(self, path: str) -> None:
-        """Delete an object: fsspec's verb knows no condition."""
-        self._remove(path)
+    def withdraw(self, path: str, data: bytes) -> None:
+        """Delete an object that holds `data`: it is read right before, for fsspec's verb knows no condition."""
+        if self.peek(path, len(data) + 1) == data:
+            self._remove(path)
 
     def uploads(self, prefix: str) -> list[Upload]:
         """Return nothing: fsspec does not show unfinished uploads."""

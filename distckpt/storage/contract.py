@@ -17,6 +17,7 @@ from distckpt.names import checked
 
 Buffer = bytes | bytearray | memoryview
 DAY_S = 86_400.0
+MOST_PUBLISHED = 1 << 30  # bytes of a file that is published at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,26 +197,39 @@ def read_scattered(storage: Readable, name: str, offset: int, into: Sequence[mem
 
 @runtime_checkable
 class WithdrawingStorage(Protocol):
-    """A storage whose deletions may come late, and can be kept from taking what has come since."""
+    """A storage that can be kept from deleting what was published under the same name since."""
 
-    def withdraw(self, name: str) -> None:
-        """Delete the file that has this name now, and no later one of the same name; raises as `delete` does."""
+    def withdraw(self, name: str, data: bytes) -> None:
+        """Delete a published file if it holds `data`; raises as `delete` does."""
         ...
 
 
-def withdraw(storage: Storage, name: str) -> None:
-    """Delete a published file whose name may be published again; a missing one is no error.
+def withdraw(storage: Storage, name: str, data: bytes) -> None:
+    """Delete a published file that holds `data`, and whose name may be published again; no other one is touched.
 
-    A request that is late, because who made it died, takes nothing that was published under the name since: file
-    systems have no late requests, S3 is told which object is meant. Other object stores know no such condition.
+    Whoever calls may have stood still since it read the file, or its request be late because it has died: what was
+    published under the name since stays. S3 is told which object is meant, and a file is moved aside and looked at
+    before it is deleted. Other object stores know no such condition: there the file is read right before.
 
     Raises:
         StorageError: The file could not be deleted.
     """
     if isinstance(storage, WithdrawingStorage):
-        storage.withdraw(name)
-    else:
+        storage.withdraw(name, data)
+    elif holds(storage, name, data):
         storage.delete([name])
+
+
+def holds(storage: Storage, name: str, data: bytes) -> bool:
+    """Say whether a file is there, and holds `data`.
+
+    Raises:
+        StorageError: It could not be read.
+    """
+    try:
+        return storage.read_all(name, limit_bytes=MOST_PUBLISHED) == data
+    except FileNotFoundError:
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

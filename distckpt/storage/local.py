@@ -19,7 +19,7 @@ from pathlib import Path
 from distckpt.errors import StorageError
 from distckpt.names import checked, join, parse_step
 from distckpt.storage import direct
-from distckpt.storage.contract import Begun, Buffer, Capabilities, FileInfo, is_plain
+from distckpt.storage.contract import Begun, Buffer, Capabilities, FileInfo, holds, is_plain
 from distckpt.storage.exclusive import name_exclusively
 from distckpt.storage.failures import local_error, telling
 from distckpt.storage.mapping import LocalFile
@@ -214,6 +214,23 @@ class LocalStorage:
             self._delete_in_folder(folder, list(group))
         for folder in sorted({_parent(name) for name in ordered}, reverse=True):
             self._remove_empty(folder)
+
+    def withdraw(self, name: str, data: bytes) -> None:
+        """Delete a published file that holds `data`, as `contract.withdraw` says: it is looked at beside its name.
+
+        If it is another one by then, it gets its name back at once.
+        """
+        if not holds(self, name, data):
+            return
+        folder, last = _split(name)
+        aside = f"{last}.{secrets.token_hex(8)}.tmp"
+        with telling("delete", self._path(name)), suppress(FileNotFoundError), self._folder(folder) as folder_fd:
+            os.rename(last, aside, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+            if not self._holds(join(folder, aside), data):
+                self._give_name(aside, last, folder_fd)
+            with suppress(FileNotFoundError):  # without hard links its name was a new one
+                os.unlink(aside, dir_fd=folder_fd)
+            _sync_folder(folder_fd)
 
     def _path(self, name: str) -> str:
         return str(self.root / checked(name))

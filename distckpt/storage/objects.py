@@ -188,10 +188,10 @@ class ObjectStorage:
             if others:
                 self._remove(others)
 
-    def withdraw(self, name: str) -> None:
+    def withdraw(self, name: str, data: bytes) -> None:
         """Delete a published file, as `contract.withdraw` says, on S3 by a DELETE that names its ETag."""
         with self._telling("delete", name):
-            self._client.withdraw(self._path(name))
+            self._client.withdraw(self._path(name), data)
 
     def uploads(self, *, older_than_s: float = DAY_S, sized: bool = False) -> Sequence[UnfinishedUpload]:
         """Return unfinished uploads, as `KeepsUploads.uploads` says; none where only fsspec knows the server."""

@@ -102,9 +102,14 @@ class S3Client:
 
     def peek(self, path: str, limit_bytes: int) -> bytes | None:
         """Return an object's first bytes; None if there is no such object."""
+        found = self._peek(path, limit_bytes)
+        return None if found is None else found[0]
+
+    def _peek(self, path: str, limit_bytes: int) -> tuple[bytes, str] | None:
+        """Return an object's first bytes and its ETag; of an empty one no ETag is known."""
         bucket, key = uploads.place(self._requests, path)
 
-        async def attempt() -> bytes:
+        async def attempt() -> tuple[bytes, str]:
             answer = await self._requests.once("get_object", Bucket=bucket, Key=key, Range=f"bytes=0-{limit_bytes - 1}")
             async with answer["Body"] as body:
                 data = bytes(await body.read())
@@ -112,7 +117,7 @@ class S3Client:
                 raise BrokenAnswerError(f"the answer ended after {len(data):,} bytes")
             if "ContentRange" not in answer and _ERROR.match(data):
                 raise BrokenAnswerError("an error inside a good answer")
-            return data[:limit_bytes]
+            return data[:limit_bytes], str(answer.get("ETag", ""))
 
         try:
             return self._requests.run(self._requests.patiently(attempt))
@@ -120,7 +125,7 @@ class S3Client:
             return None
         except Exception as error:
             if server_code(error) in RANGE_CODES:
-                return b""  # an empty object has no first byte
+                return b"", ""  # an empty object has no first byte
             raise
 
     def download(self, path: str, start: int, into: Sequence[memoryview]) -> None:
@@ -162,16 +167,19 @@ class S3Client:
 
         self._requests.run(all_of_them())
 
-    def withdraw(self, path: str) -> None:
-        """Delete the object that is there now, by its ETag: should the request come late, it takes no later one.
+    def withdraw(self, path: str, data: bytes) -> None:
+        """Delete an object that holds `data`, by its ETag: should the request come late, it takes no later one.
 
         Servers that do not know the condition delete what is there.
         """
         bucket, key = uploads.place(self._requests, path)
         for tries_left in reversed(range(WITHDRAW_TRIES)):
+            found = self._peek(path, len(data) + 1)
+            if found is None or found[0] != data:
+                return
+            condition: dict[str, Any] = {"IfMatch": found[1]} if found[1] else {}
             try:
-                tag = self._requests.call("head_object", Bucket=bucket, Key=key)["ETag"]
-                self._requests.call("delete_object", Bucket=bucket, Key=key, IfMatch=tag)
+                self._requests.call("delete_object", Bucket=bucket, Key=key, **condition)
             except Exception as error:
                 code = server_code(error)
                 if code in _NO_CONDITIONS:

@@ -92,10 +92,10 @@ class CountingStorage:
         self._count("delete", num_calls=1)
         self.inner.delete(names)
 
-    def withdraw(self, name: str) -> None:
+    def withdraw(self, name: str, data: bytes) -> None:
         """Withdraw a file from the inner storage; counted as a "delete"."""
         self._count("delete", num_calls=1)
-        withdraw(self.inner, name)
+        withdraw(self.inner, name, data)
 
     def _counted_chunks(self, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
         for chunk in chunks:

@@ -43,7 +43,9 @@ def listed(command: Command, url: object) -> list[dict[str, Any]]:
 def spoil(run: Path) -> None:
     """Leave 10 partial, and 20 put aside as damaged; pin 30."""
     (run / "step-000000000010" / "manifest.json").unlink()
-    catalog.quarantine(open_storage(run), "step-000000000020", reason="a reason")
+    storage = open_storage(run)
+    data = catalog.manifest_data(storage, "step-000000000020")
+    catalog.quarantine(storage, "step-000000000020", data=data, reason="a reason")
     (run / "step-000000000030" / "pinned.json").write_text("{}")
 
 

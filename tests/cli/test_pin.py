@@ -57,7 +57,9 @@ def test_what_is_no_checkpoint_cannot_be_pinned(command: Command, run: Path, tmp
 
 def test_a_damaged_checkpoint_can_be_unpinned(command: Command, run: Path) -> None:
     command("pin", run, "--step", 20)
-    catalog.quarantine(open_storage(run), "step-000000000020", reason="a reason")
+    storage = open_storage(run)
+    data = catalog.manifest_data(storage, "step-000000000020")
+    catalog.quarantine(storage, "step-000000000020", data=data, reason="a reason")
     assert command("unpin", run, "--step", 20).exit_code == 0
     assert pinned(run) == []
 

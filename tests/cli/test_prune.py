@@ -104,8 +104,10 @@ def test_a_partial_stays_unless_asked_for_and_superseded(command: Command, run: 
 
 def test_a_damaged_one_goes_only_where_a_newer_one_is_committed(command: Command, run: Path) -> None:
     storage = open_storage(run)
-    catalog.quarantine(storage, "step-000000000010", reason="bad")
-    catalog.quarantine(storage, "step-000000000030", reason="bad")
+    data = catalog.manifest_data(storage, "step-000000000010")
+    catalog.quarantine(storage, "step-000000000010", data=data, reason="bad")
+    data = catalog.manifest_data(storage, "step-000000000030")
+    catalog.quarantine(storage, "step-000000000030", data=data, reason="bad")
     plan = planned(command, run, "--keep", 1, "--partial", "--yes")
     assert plan[10] == ("delete", "damaged, and step 20 is committed")
     assert plan[20] == ("keep", "newest; last 1")

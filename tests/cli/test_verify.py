@@ -77,7 +77,9 @@ def test_missing_and_short_files_are_named(command: Command, run: Path) -> None:
 
 
 def test_what_was_put_aside_as_damaged_is_told_with_its_reason(command: Command, run: Path) -> None:
-    catalog.quarantine(open_storage(run), "step-000000000020", reason="rank-00000.safetensors is short")
+    storage = open_storage(run)
+    data = catalog.manifest_data(storage, "step-000000000020")
+    catalog.quarantine(storage, "step-000000000020", data=data, reason="rank-00000.safetensors is short")
     ((key, problem),) = problems(command, run).items()
     assert key[0] == 20
     assert key[1].startswith("damaged-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,20 +12,29 @@ import pytest
 
 from distckpt import CheckpointManager, background, catalog, commit, datafiles, manager, names, saver
 from distckpt import ranks as ranks_module
+from distckpt.errors import CheckpointNotFoundError
+from distckpt.lease import Lease
+from distckpt.leasefiles import Seen
 from distckpt.restore import RestoreRequest
+from distckpt.retention import Retention
 from distckpt.saver import Saver
 from distckpt.shards import RankShare, write_share
 from distckpt.storage import Storage, local
 from distckpt.storage.local import LocalStorage
 from distckpt.storage.objects import ObjectStorage
 from distckpt.storage.s3 import S3Client
+from distckpt.tenure import Tenure
 
 Patch = pytest.MonkeyPatch
-PLANTED: dict[str, tuple[Callable[[Patch], None], Collection[tuple[str, str]]]] = {}
+Place = tuple[str, str] | tuple[str, str, str]
+PLANTED: dict[str, tuple[Callable[[Patch], None], Collection[Place]]] = {}
 
 
-def planted(*places: tuple[str, str]) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
-    """Register a fault, with the scenarios and models in which it has to be found."""
+def planted(*places: Place) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
+    """Register a fault, with the scenarios and models in which it has to be found.
+
+    Of two writers, also an order in which it was found, for others are many: it is tried first, then all.
+    """
 
     def register(plant: Callable[[Patch], None]) -> Callable[[Patch], None]:
         PLANTED[plant.__name__] = plant, places
@@ -191,12 +201,86 @@ def publish_replaces_on_s3(patch: Patch) -> None:
 
 @planted(("clean-up", "s3-late"))
 def put_aside_by_a_deletion_of_whatever_is_there(patch: Patch) -> None:
-    patch.setattr(S3Client, "withdraw", lambda self, path: self.remove([path]))
+    patch.setattr(S3Client, "withdraw", lambda self, path, _data: self.remove([path]))
 
 
 @planted(("first-save", "s3-late"), ("later-save", "bucket-late"), ("clean-up", "disk-kill"))
 def names_of_attempts_are_used_again(patch: Patch) -> None:
     patch.setattr(names, "new_attempt", lambda: "attempt")
+
+
+@planted(("both-save", "disk"), ("both-start", "s3"))
+def lease_not_checked_before_the_manifest(patch: Patch) -> None:
+    def commit_unasked(save: Any, *, ranks: Any, storage: Storage, **_: Any) -> Any:
+        return commit.commit(save, ranks=ranks, storage=storage)
+
+    patch.setattr(saver, "commit", commit_unasked)
+
+
+@planted(("both-save", "disk"))
+def lease_not_checked_after_the_manifest(patch: Patch) -> None:
+    patch.setattr(Tenure, "confirm", lambda _self: None)
+
+
+@planted(("both-start", "disk", "stands, 39 72, 0"))
+def lease_not_checked_before_deletions(patch: Patch) -> None:
+    real = background.Pruner.__init__
+
+    def begin(self: background.Pruner, retention: Retention, **_: Any) -> None:
+        real(self, retention)
+
+    patch.setattr(background.Pruner, "__init__", begin)
+
+
+@planted(("both-save", "disk"), ("both-start", "s3"))
+def living_owner_taken_for_dead_at_once(patch: Patch) -> None:
+    patch.setattr(Lease, "_patience_s", lambda *_: 0.0)
+
+
+@planted(("both-save", "disk"), ("both-save", "s3"))
+def taken_over_without_a_new_number(patch: Patch) -> None:
+    real = Lease._claim
+
+    def claim(self: Lease, seen: Seen) -> bool:
+        if seen.number == 0 or seen.record is None or seen.record.released:
+            return real(self, seen)
+        self._number, self._valid_until, self._is_owner = seen.number, self._machine.now() + self._duration_s, True
+        return True
+
+    patch.setattr(Lease, "_claim", claim)
+
+
+@planted(("both-start", "disk"), ("both-start", "bucket"), ("both-start", "s3"))
+def two_may_take_one_number(patch: Patch) -> None:
+    real = Lease._claim
+
+    def claim(self: Lease, seen: Seen) -> bool:
+        real(self, seen)
+        self._number, self._valid_until, self._is_owner = seen.number + 1, self._machine.now() + self._duration_s, True
+        return True
+
+    patch.setattr(Lease, "_claim", claim)
+
+
+@planted(("both-clean-up", "disk", "stands, 190 -1, 0"), ("both-clean-up", "s3", "stands, 31 -1, 0"))
+def put_aside_whatever_is_there(patch: Patch) -> None:
+    real = catalog.quarantine
+
+    def quarantine(storage: Storage, folder: str, *, data: bytes, reason: str) -> None:
+        with contextlib.suppress(CheckpointNotFoundError):
+            real(storage, folder, data=catalog.manifest_data(storage, folder), reason=reason)
+
+    patch.setattr(catalog, "quarantine", quarantine)
+
+
+@planted(("both-clean-up", "disk", "stands, 213 -1, 0"))
+def put_aside_without_a_look_at_what_is_deleted(patch: Patch) -> None:
+    patch.setattr(LocalStorage, "withdraw", lambda self, name, _data: self.delete([name]))
+
+
+@planted(("both-read-first", "disk"), ("both-read-first", "bucket"))
+def newer_checkpoints_of_another_job_are_not_noticed(patch: Patch) -> None:
+    patch.setattr(Saver, "follow", lambda *_: None)
 
 
 @planted(("clean-up", "disk-kill"), ("clean-up", "bucket-kill"))

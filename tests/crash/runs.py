@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from bucket import Objects
@@ -93,10 +93,16 @@ class Clock:
         self.now_s += seconds
 
 
-def own_machine(clock: Clock, fate: Fate) -> Machine:
+class Timed(Protocol):
+    """Says how late it is."""
+
+    def now(self) -> float: ...
+
+
+def own_machine(clock: Timed, fate: Fate, *, pause: Callable[[float], None]) -> Machine:
     """Return a machine on which a job is a process that no other one is; of all others it says the same."""
     pid = 1 + int(names.secrets.token_hex(2), 16)  # type: ignore[attr-defined]  # counted, where runs are repeatable
-    return Machine(me=Owner(host="host", pid=pid), now=clock.now, pause=clock.pause, fate=lambda _owner: fate)
+    return Machine(me=Owner(host="host", pid=pid), now=clock.now, pause=pause, fate=lambda _owner: fate)
 
 
 class StoredManager(CheckpointManager):
@@ -104,6 +110,7 @@ class StoredManager(CheckpointManager):
 
     def __init__(self, storage: Storage, crew: Crew, rank: int, job: Job, machine: Machine) -> None:
         super().__init__("unused", keep=job.keep, layout=job.layout, background=job.background, rng=False, signals=())
+        self._owns = job.owns
         self._home.storage = self._saver.storage = storage
         self._tenure._new_lease = partial(Lease, background=False, machine=machine)
         self._saver._pruner = PromptPruner(crew.log, Retention.of(job.keep), insist=self._tenure.insist)
@@ -124,6 +131,7 @@ class Job:
         keep: How many checkpoints retention keeps.
         first: The rank that is ahead of the others.
         background: Whether to write in the background.
+        owns: Whether it takes the directory before it restores, as a job does whose manager decides when to save.
     """
 
     world_size: int = 2
@@ -134,6 +142,7 @@ class Job:
     keep: int = KEEP
     first: int = 0
     background: bool = False
+    owns: bool = False
 
     def run(self, opener: Callable[[], Storage], log: Log, machine: Machine | None = None) -> list[Ack | BaseException]:
         """Run, each rank with a storage of its own; return what each restored, or the error that ended it.
@@ -141,7 +150,9 @@ class Job:
         A job on two ranks knows nothing of the one before, and waits until its lease is over; others know that it died.
         """
         crew = Crew(self.world_size, log, first=self.first)
-        machine = machine or own_machine(Clock(), "unknown" if self.world_size == 2 else "gone")
+        if machine is None:
+            clock = Clock()
+            machine = own_machine(clock, "unknown" if self.world_size == 2 else "gone", pause=clock.pause)
 
         def work(rank: int) -> Ack:
             restored = Ack(0, 0)

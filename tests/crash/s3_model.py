@@ -7,7 +7,6 @@ is asked after an answer is lost) runs on it, request by request, and every requ
 from __future__ import annotations
 
 import asyncio
-import itertools
 import selectors
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,11 +32,13 @@ class S3Objects(Objects):
     def __init__(self) -> None:
         super().__init__()
         self.uploads: dict[int, tuple[str, dict[int, bytes]]] = {}
+        self.num_uploads = 0
 
     def copy(self) -> S3Objects:
         made = S3Objects()
         made.objects = dict(self.objects)
         made.uploads = {number: (name, dict(sent)) for number, (name, sent) in self.uploads.items()}
+        made.num_uploads = self.num_uploads
         return made
 
     def machine(self, log: Log | None = None) -> Server:
@@ -47,6 +48,7 @@ class S3Objects(Objects):
         """Let a request happen; one about an upload that has ended does nothing."""
         if op.kind == "begin":
             self.uploads[op.inode] = op.name, {}
+            self.num_uploads = max(self.num_uploads, op.inode)
         elif op.kind == "part" and op.inode in self.uploads:
             self.uploads[op.inode][1][op.offset] = op.data
         elif op.kind == "abort":
@@ -84,7 +86,6 @@ class Server:
         endpoint = SimpleNamespace(http_session=None)
         meta = SimpleNamespace(endpoint_url="http://127.0.0.1", events=events)
         self._s3 = SimpleNamespace(meta=meta, _endpoint=endpoint)
-        self._numbers = itertools.count(1 + max(self.contents.uploads, default=0))
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[], Storage]]:
@@ -124,7 +125,7 @@ class Server:
         return self._change("create" if IfNoneMatch else "put", name, refusal, data=bytes(Body))
 
     def _create_multipart_upload(self, name: str) -> dict[str, Any]:
-        number = next(self._numbers)
+        number = self.contents.num_uploads + 1
         return {**self._change("begin", name, None, inode=number), "UploadId": str(number)}
 
     def _upload_part(self, name: str, *, UploadId: str, PartNumber: int, Body: bytes) -> dict[str, Any]:

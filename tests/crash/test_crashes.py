@@ -10,9 +10,11 @@ What fails prints its seed, its operations, and the command that replays it alon
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import readers
+import writers
 from crashes import FULL_LIMIT, MODELS, Counts, Scenario, run, scenarios
 from runs import silenced
 
@@ -20,6 +22,8 @@ from distckpt.manifest import Layout
 
 SEED = 20_000
 NAMES = [scenario.name for scenario in scenarios()]
+PAIRS = list(writers.rivals())
+LIMITED = {("both-clean-up", "bucket")}  # a deletion there knows no condition: see `test_limits.py`
 
 
 def named(name: str, layout: Layout, *, first: int = 0) -> Scenario:
@@ -64,6 +68,22 @@ def test_no_reader_ever_sees_an_owner_at_work(model: str) -> None:
     with silenced():
         num_checked = readers.run(MODELS[model][1], seed=SEED)
     print(f"\nreaders, {model}: {num_checked:,} moments")
+
+
+@pytest.mark.parametrize("place", writers.PLACES)
+@pytest.mark.parametrize("name", PAIRS)
+def test_of_two_writers_one_has_the_directory_and_the_other_is_told_who(name: str, place: str) -> None:
+    with silenced():
+        assert writers.run(name, place, seed=SEED, sample=8) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("name", "place"), [pair for pair in product(PAIRS, writers.PLACES) if pair not in LIMITED])
+def test_wherever_a_writer_stands_still_the_other_one_loses_nothing(name: str, place: str) -> None:
+    with silenced():
+        num_checked = writers.run(name, place, seed=SEED)
+    print(f"\n{name}, {place}: {num_checked:,} orders of two writers")
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

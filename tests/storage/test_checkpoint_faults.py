@@ -79,6 +79,8 @@ def test_one_fault_at_any_request_of_saving_pruning_and_restoring_is_mended(
         assert s3_filesystem.list_multipart_uploads(s3_bucket) == [], f"fault at {fail_at}"
         fail_at += stride
     assert fail_at > FEWEST_REQUESTS
+    num_tried = len(range(0, fail_at - stride, stride))
+    print(f"\n{kind}, {num_ranks} ranks, {engine}: failed at {num_tried} requests, one at a time; nothing is left")
 
 
 def kinds_of(seen: list[Seen]) -> list[tuple[str, str]]:
@@ -128,6 +130,7 @@ def test_a_request_that_always_fails_is_told_on_all_ranks_and_nothing_wrong_is_v
             found = job.run(checkpoint_jobs.restore, url, options("s3fs"), num_numbers)
             assert set(found) <= {0, 1, checkpoint_jobs.NEWEST}, case
         assert method == "DELETE" or s3_filesystem.list_multipart_uploads(s3_bucket) == [], case
+    print(f"\n{kind}, {num_ranks} ranks: {len(kinds[::stride])} kinds of requests failed for ever")
 
 
 @pytest.mark.parametrize("code", ["SlowDown", "AccessDenied"])

@@ -323,13 +323,21 @@ def test_a_folder_can_be_used_again_after_its_files_were_deleted(storage: Storag
 
 
 def test_a_withdrawn_file_is_gone_and_its_name_can_be_published_again(storage: Storage) -> None:
-    withdraw(storage, "step-1/m.json")
+    withdraw(storage, "step-1/m.json", b"1")
     storage.put("step-1/a/f", [b"1"])
     for data in (b"1", b"2"):
         storage.publish("step-1/m.json", data)
         assert storage.read_all("step-1/m.json", limit_bytes=1) == data
-        withdraw(storage, "step-1/m.json")
+        withdraw(storage, "step-1/m.json", data)
         assert names_in(storage) == ["step-1/a/f"]
+
+
+@pytest.mark.parametrize("meant", [b"another", b"", b"longer than what is there"])
+def test_a_file_with_other_content_is_not_withdrawn(storage: Storage, meant: bytes) -> None:
+    storage.publish("step-1/m.json", b"content")
+    withdraw(storage, "step-1/m.json", meant)
+    assert storage.read_all("step-1/m.json", limit_bytes=7) == b"content"
+    assert names_in(storage) == ["step-1/m.json"]
 
 
 # --- names, facts, processes ---

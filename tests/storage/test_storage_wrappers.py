@@ -22,7 +22,7 @@ def test_counting_storage_counts_calls_and_bytes(tmp_path: Path) -> None:
     assert storage.read_all("m.json", limit_bytes=10) == b"{}"
     assert len(storage.list()) == 2
     storage.delete(["a/f"])
-    withdraw(storage, "m.json")
+    withdraw(storage, "m.json", b"{}")
     assert storage.list() == []
     with pytest.raises(FileNotFoundError):
         storage.read("a/f", 0, memoryview(bytearray(7)))
