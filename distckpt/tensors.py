@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -39,10 +39,24 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # The meshes seen last, each held so that its id stays its own: to compare two of many ranks takes as long as both are.
-_meshes: dict[int, tuple[DeviceMesh, Mesh | None]] = {}
+_meshes: dict[int, tuple[DeviceMesh, _Place]] = {}
 _MOST_MESHES = 64
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class _Place(NamedTuple):
+    """Where a mesh stands: the job's mesh that it was cut from, or itself.
+
+    Attributes:
+        root: That mesh.
+        plain: The same as numbers; None if its ranks stand in no such order.
+        dims: Of the root's dimensions, which are the mesh's own, in their order; along the others lie others like it.
+    """
+
+    root: DeviceMesh
+    plain: Mesh | None
+    dims: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +110,7 @@ def is_everywhere(tensor: torch.Tensor) -> bool:
     """
     if not isinstance(tensor, DTensor):
         return True
-    everyone = tensor.device_mesh.size() == torch.distributed.get_world_size()
+    everyone = _place(tensor.device_mesh).root.size() == torch.distributed.get_world_size()
     return everyone and all(isinstance(placement, Replicate) for placement in tensor.placements)
 
 
@@ -116,10 +130,11 @@ def local_box(tensor: torch.Tensor) -> Box | None:
     """
     if not isinstance(tensor, DTensor):
         return whole(tensor)
-    coordinate = tensor.device_mesh.get_coordinate()
+    place = _place(tensor.device_mesh)
+    coordinate = place.root.get_coordinate()
     if coordinate is None:
         return None
-    spread = _spread_by(_plain_mesh(tensor.device_mesh), tensor.placements, tensor.shape)
+    spread = _spread_by(place.plain, _placements(tensor, place), tensor.shape)
     if spread is not None:
         start, shape = spread.box_at(tuple(coordinate))
     else:
@@ -136,8 +151,9 @@ def spread_of(tensor: torch.Tensor) -> Spread | None:
     """
     if not isinstance(tensor, DTensor) or not tensor.numel():
         return None
-    spread = _spread_by(_plain_mesh(tensor.device_mesh), tensor.placements, tensor.shape)
-    coordinate = tensor.device_mesh.get_coordinate()
+    place = _place(tensor.device_mesh)
+    spread = _spread_by(place.plain, _placements(tensor, place), tensor.shape)
+    coordinate = place.root.get_coordinate()
     if spread is not None and coordinate is not None:
         _, shape = spread.box_at(tuple(coordinate))
         if 0 not in shape and shape != tuple(local(tensor).shape):  # somebody has cut it by hand
@@ -176,14 +192,45 @@ def _cut_behind(sizes: Sequence[int], placements: Sequence[Placement], mesh_dim:
     return parts
 
 
-def _plain_mesh(mesh: DeviceMesh) -> Mesh | None:
-    """Return a mesh as its numbers; None if its ranks stand in no such order."""
+def _place(mesh: DeviceMesh) -> _Place:
+    """Return where a mesh stands."""
     known = _meshes.get(id(mesh))
     if known is None:
         if len(_meshes) >= _MOST_MESHES:
             _meshes.clear()
-        known = _meshes[id(mesh)] = (mesh, _numbered(mesh))
+        known = _meshes[id(mesh)] = (mesh, _placed(mesh))
     return known[1]
+
+
+def _placed(mesh: DeviceMesh) -> _Place:
+    """Find the mesh that one was cut from, as FSDP's `mesh["dp"]` is from one that has a "tp", too."""
+    alone = _Place(mesh, _numbered(mesh), tuple(range(mesh.ndim)))
+    root: DeviceMesh = getattr(mesh, "_get_root_mesh", lambda: mesh)()
+    coordinate = root.get_coordinate() if root is not mesh else None
+    if coordinate is None:
+        return alone
+    names, own_names = root.mesh_dim_names or (), mesh.mesh_dim_names or ()
+    if own_names and set(own_names) <= set(names):
+        dims = tuple(names.index(name) for name in own_names)
+    else:
+        own = set(mesh.mesh.flatten().tolist())
+        steps: list[Any] = [(*coordinate[:dim], slice(None), *coordinate[dim + 1 :]) for dim in range(root.ndim)]
+        lines = [root.mesh[step] for step in steps]
+        dims = tuple(dim for dim, line in enumerate(lines) if line.numel() > 1 and own.issuperset(line.tolist()))
+    place: list[Any] = [slice(None) if dim in dims else index for dim, index in enumerate(coordinate)]
+    # Where dimensions were made into one, or stand in another order, what stands beside the mesh is not known.
+    is_cut = dims == tuple(sorted(dims)) and torch.equal(root.mesh[tuple(place)], mesh.mesh)
+    return _Place(root, _numbered(root), dims) if is_cut else alone
+
+
+def _placements(tensor: DTensor, place: _Place) -> tuple[Placement, ...]:
+    """Return how a tensor lies on the mesh that its own was cut from: what stands beside each other holds the same."""
+    if len(place.dims) == place.root.ndim:
+        return tensor.placements
+    placements: list[Placement] = [Replicate()] * place.root.ndim
+    for dim, placement in zip(place.dims, tensor.placements, strict=True):
+        placements[dim] = placement
+    return tuple(placements)
 
 
 def _numbered(mesh: DeviceMesh) -> Mesh | None:
@@ -209,11 +256,12 @@ def writes_replica(tensor: DTensor, name: str) -> bool:
 
     Ranks: any.
     """
-    coordinate = tensor.device_mesh.get_coordinate()
+    place = _place(tensor.device_mesh)
+    coordinate = place.root.get_coordinate()
     if coordinate is None:
         return False
-    sizes = tuple(tensor.device_mesh.shape)
-    replicas = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+    sizes = tuple(place.root.shape)
+    replicas = [dim for dim, each in enumerate(_placements(tensor, place)) if isinstance(each, Replicate)]
     return all(coordinate[dim] == place for dim, place in writers(name, replicas, sizes).items())
 
 

@@ -123,16 +123,20 @@ class Net(nn.Module):
 
 
 def sharded_net(kind: str, seed: int) -> dict[str, Any]:
-    """Return a model and its optimizer: sharded ("fsdp"), replicated, too ("hsdp"), or cut by tensors, too ("tp")."""
+    """Return a model and its optimizer: sharded ("fsdp"), replicated, too ("hsdp"), or cut by tensors, too ("tp").
+
+    With "tp in part" the layer norm is left alone by that: its tensors lie on one dimension of the mesh.
+    """
     torch.manual_seed(seed)
     net, world_size = Net(), dist.get_world_size()
     if kind == "fsdp":
         fully_shard(net, mesh=init_device_mesh("cpu", (world_size,)))
     else:
         mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("outer", "inner"))
-        if kind == "tp":
+        if kind in ("tp", "tp in part"):
             parallelize_module(net, mesh["inner"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-            distribute_module(net.norm, mesh["inner"])
+            if kind == "tp":
+                distribute_module(net.norm, mesh["inner"])
             fully_shard(net, mesh=mesh["outer"])
         else:
             fully_shard(net, mesh=mesh)

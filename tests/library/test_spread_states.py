@@ -156,7 +156,15 @@ def test_later_saves_of_a_run_are_whole_too(ranks: RankPools, tmp_path: Path, od
 
 @pytest.mark.parametrize(
     ("kind", "loading"),
-    [("fsdp", 2), ("fsdp", 3), ("hsdp", 2), pytest.param("tp", 2, marks=pytest.mark.slow), ("tp", 4)],
+    [
+        ("tp in part", 4),
+        ("tp in part", 2),
+        ("fsdp", 2),
+        ("fsdp", 3),
+        ("hsdp", 2),
+        pytest.param("tp", 2, marks=pytest.mark.slow),
+        ("tp", 4),
+    ],
 )
 def test_an_fsdp2_model_is_saved_in_runs_and_comes_back_on_other_ranks(
     ranks: RankPools, tmp_path: Path, kind: str, loading: int
