@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import queue
 import socket
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -26,6 +24,7 @@ import torch.distributed as dist
 from distckpt import freshstore
 from distckpt.errors import DistckptError, RankFailedError, RankTimeoutError, StorageError, UsageError
 from distckpt.failure import from_wire, to_wire
+from distckpt.waiter import NoAnswerError, Waiter
 
 Fact = TypeVar("Fact")
 Verdict = TypeVar("Verdict")
@@ -80,7 +79,7 @@ class Ranks:
         self._root: dist.distributed_c10d.Store | None = None
         self._meeting: _Store | None = None  # where ranks meet under short keys, once rank 0 has named that place
         self._verdict_before: tuple[_Store, str] | None = None
-        self._patience = _Patience()
+        self._waiter = Waiter()
         if dist.is_available() and dist.is_initialized():
             self.rank = dist.get_rank()
             self.world_size = dist.get_world_size()
@@ -167,13 +166,13 @@ class Ranks:
         """
         if self._store is None or not dist.is_initialized() or freshstore.is_needed():
             return
-        with contextlib.suppress(dist.DistError, OSError, _NoAnswerError):
+        with contextlib.suppress(dist.DistError, OSError, NoAnswerError):
             if self.rank != 0:
                 self._store.set(f"parted/{self.rank}", "")
                 return
             keys = [f"parted/{rank}" for rank in range(1, self.world_size)]
             left_s = min(_PARTING_S, self.timeout_s)
-            self._patience.do(partial(self._store.wait, keys, timedelta(seconds=left_s)), limit_s=left_s + _GRACE_S)
+            self._waiter.do(partial(self._store.wait, keys, timedelta(seconds=left_s)), limit_s=left_s + _GRACE_S)
 
     def announce(self, key: str, value: int) -> None:
         """Tell all ranks a number under `key`, unless one has been told already; returns at once.
@@ -250,8 +249,8 @@ class Ranks:
         """Do `work` in the store, and return what it returns; it takes no longer than the timeout, and a little."""
         found: list[Fact] = []
         try:
-            self._patience.do(lambda: found.append(work()), limit_s=self.timeout_s + 2 * _GRACE_S)
-        except _NoAnswerError:
+            self._waiter.do(lambda: found.append(work()), limit_s=self.timeout_s + 2 * _GRACE_S)
+        except NoAnswerError:
             if self.rank != 0:
                 raise RankTimeoutError(action=action, missing=[0], timeout_s=self.timeout_s) from None
             raise _store_failed(action, f"it gave no answer within {self.timeout_s:g} s") from None
@@ -397,70 +396,6 @@ def _left(deadline: float) -> timedelta:
 
 def _store_failed(action: str, cause: str) -> RankFailedError:
     return RankFailedError(action=action, rank=0, host="of the store", cause=cause)
-
-
-class _NoAnswerError(Exception):
-    """The store has not answered in time."""
-
-
-class _Patience:
-    """Waits in the store, on a thread of its own: in there no signal would be heard, and a wait that is over may go on.
-
-    For when its time is up, the store's client tells the server so, and waits for the answer; if the link between them
-    is cut, that takes as long as TCP takes to give a connection up, a quarter of an hour.
-    The thread ends with this object.
-    """
-
-    def __init__(self) -> None:
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._is_left = False
-
-    def do(self, work: Callable[[], None], *, limit_s: float) -> None:
-        """Do `work`, and return when it is done.
-
-        A signal's handler may raise in between, or its time be up; `work` then goes on, and no other can be done.
-
-        Raises:
-            _NoAnswerError: It is not done within `limit_s`.
-            InterruptedError: The work before is not done yet.
-        """
-        if threading.current_thread() is not threading.main_thread() and not dist.is_initialized():
-            work()  # no other process is there, nor a link to it
-            return
-        if self._is_left:
-            raise InterruptedError("it was interrupted while it waited for the other ranks")
-        if self._thread is None:
-            # A daemon: a job that ends while it waits is not held up by it.
-            self._thread = threading.Thread(
-                target=_work_off, args=(self._work, self._done), name="distckpt-wait", daemon=True
-            )
-            self._thread.start()
-            weakref.finalize(self, self._work.put, None).atexit = False
-        self._is_left = True
-        self._work.put(work)
-        try:
-            error = self._done.get(timeout=limit_s)
-        except queue.Empty:
-            raise _NoAnswerError from None
-        self._is_left = False
-        if error is not None:
-            raise error
-
-
-def _work_off(
-    work: queue.SimpleQueue[Callable[[], None] | None], done: queue.SimpleQueue[BaseException | None]
-) -> None:
-    """Do what comes, until None does; hold on to nothing in between."""
-    while (todo := work.get()) is not None:
-        try:
-            todo()
-        except BaseException as error:  # noqa: BLE001  raised by `do`
-            done.put(error)
-        else:
-            done.put(None)
-        del todo
 
 
 def _describe(error: BaseException) -> dict[str, Any]:

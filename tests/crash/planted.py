@@ -171,8 +171,8 @@ def newest_taken_though_it_is_not_whole(patch: Patch) -> None:
 def each_rank_picks_by_itself(patch: Patch) -> None:
     real = ranks_module.Ranks.agree
 
-    def agree(self: Any, action: str, work: Any, decide: Any) -> Any:
-        return decide([work()]) if "choosing" in action else real(self, action, work, decide)
+    def agree(self: Any, action: str, work: Any, decide: Any, **options: Any) -> Any:
+        return decide([work()]) if "choosing" in action else real(self, action, work, decide, **options)
 
     patch.setattr(ranks_module.Ranks, "agree", agree)
 

@@ -10,7 +10,7 @@ import jobs
 import pytest
 from rank_pool import RankPools
 
-from distckpt.ranks import _Patience
+from distckpt.waiter import Waiter
 
 LAYOUTS = ["sharded", "full"]
 
@@ -146,10 +146,10 @@ def test_a_later_save_takes_less_than_a_kilobyte_on_the_wire_however_many_tensor
 
 
 def test_the_thread_that_waits_for_others_ends_with_its_channel():
-    patience = _Patience()
-    patience.do(lambda: None, limit_s=60.0)
-    thread = patience._thread
+    waiter = Waiter()
+    waiter.do(lambda: None, limit_s=60.0)
+    thread = waiter._thread
     assert thread is not None
-    del patience
+    del waiter
     thread.join(60)
     assert not thread.is_alive()
