@@ -68,7 +68,14 @@ class SimulatedRanks(Ranks):
         self.decide_s = 0.0
         self._described: Json = None
 
-    def agree(self, action: str, work: Callable[[], Any], decide: Callable[[list[Any]], Any]) -> Any:
+    def agree(
+        self,
+        action: str,
+        work: Callable[[], Any],
+        decide: Callable[[list[Any]], Any],
+        *,
+        explain: Callable[[], None] = lambda: None,
+    ) -> Any:
         """Do this rank's work, and return what rank 0 says, or would say."""
         said = work()
         self.said.append(said)
