@@ -111,6 +111,8 @@ def _skim(data: bytes) -> Outline | None:
     for name in (*facts, "files"):
         if text.find(f'"{name}":', objects_begin, parent_begin) >= 0 or text.find(f'"{name}":', run_begin) >= 0:
             return None
+    if any(text.find(f'"{name}":', middles[0].end()) >= 0 for name in ("run", "step")):
+        return None
     if type(facts["format"]) is not int or not 1 <= facts["format"] <= FORMAT:
         return None
     if facts["layout"] not in ("full", "sharded"):

@@ -128,6 +128,18 @@ def test_a_key_that_stands_there_twice_counts_as_it_does_for_the_parser(key: str
     assert facts(outline.outline(data, path="")) == facts(parse(data, path=""))
 
 
+@pytest.mark.parametrize("key", TWICE)
+@pytest.mark.parametrize("behind", ["parent", "run", "step", "tensors", "objects"])
+def test_nor_does_an_unknown_key_behind_it_hide_it(key: str, behind: str) -> None:
+    text = a_manifest()
+    place = text.index(f',"{behind}":'.encode())
+    more = f',"{key}":{TWICE[key]},"wot":{{}},"tensors":{{}}'.encode()
+    for where in (place, text.index(b',"timings":')):
+        body = (text[:where] + more + text[where:])[:-44]
+        data = body + f',"xxh3":"{digest(body)}"}}\n'.encode()
+        assert facts(outline.outline(data, path="")) == facts(parse(data, path=""))
+
+
 @pytest.mark.parametrize("offset", [3, 60, -1, -20])
 def test_a_flipped_bit_is_damage(offset: int) -> None:
     data = bytearray(a_manifest())
