@@ -7,6 +7,7 @@ Invariant: it decides nothing. What is restored is chosen, read and checked by t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
@@ -63,6 +64,7 @@ class Prefetch:
     def __exit__(self, *_: object) -> None:
         """Leave what was imported, which stays to the end, out of later collections."""
         gc.freeze()
+        atexit.register(gc.unfreeze)  # else libraries take what is frozen for leaks of theirs, and say so at the end
         self._quiet.__exit__(None, None, None)
 
     def wait(self, timeout_s: float | None = None) -> int:

@@ -192,3 +192,16 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_it_spares_the_collector_is_given_back_when_the_process_ends(tmp_path: Path):
+    lines = [
+        "import atexit, gc",
+        "atexit.register(lambda: print('frozen at the end:', gc.get_freeze_count()))",
+        "import distckpt",
+        f"with distckpt.prefetch({str(tmp_path)!r}):",
+        "    import json.tool",
+        "print('frozen:', gc.get_freeze_count() > 0)",
+    ]
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["frozen: True", "frozen at the end: 0"]
