@@ -29,8 +29,11 @@ def settled(matched: Match, staged: Mapping[str, torch.Tensor]) -> list[Part]:
     return [
         part
         for part in matched.parts
-        if kind_of(part.slot.value) != "stateful"
-        and all(matched.targets.get(name) is staged[name] for name, _ in references(part.content))
+        if part.is_row
+        or (
+            kind_of(part.slot.value) != "stateful"
+            and all(matched.targets.get(name) is staged[name] for name, _ in references(part.content))
+        )
     ]
 
 

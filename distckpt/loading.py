@@ -221,7 +221,7 @@ class Loading:
     def _apply_settled(self) -> None:
         """Apply what does not depend on the bytes."""
         self._settled = settled(self._matched, self._filled)
-        apply(self._matched, self._filled, only=self._settled)
+        apply(self._matched, self._filled, only=[part for part in self._settled if not part.is_row])
 
     def apply(self) -> Json:
         """Give the objects of the state what was read.

@@ -292,7 +292,8 @@ def check_tensors(tensors: Mapping[str, TensorEntry], file_bytes: Sequence[int])
         if left_bytes < 0:
             raise ValueError("its tensors have more bytes than its files")
         if len(chunks) == 1 and chunks[0].shape == shape and not any(chunks[0].start):  # nearly all of them
-            if chunks[0].offset + num_bytes > file_bytes[chunks[0].file]:
+            file, offset, _, _ = chunks[0]
+            if offset + num_bytes > file_bytes[file]:
                 raise ValueError(f"a chunk of {name!r} lies outside its file")
             continue
         try:
@@ -350,6 +351,7 @@ def _tensor_to_json(entry: TensorEntry) -> Json:
 def _tensors_from_json(bodies: dict[str, Json], begins: tuple[int, ...] | None) -> dict[str, TensorEntry]:
     """Return the tensors; those that lie in one piece, by far the most, in one quick loop."""
     tensors: dict[str, TensorEntry] = {}
+    new = tuple.__new__  # what their own constructors call, at a third of the time
     for name, body in bodies.items():
         dtype, sizes, chunks = body["dtype"], body["shape"], body["chunks"]
         num_dims = len(sizes)
@@ -360,7 +362,8 @@ def _tensors_from_json(bodies: dict[str, Json], begins: tuple[int, ...] | None) 
             for each in shape:
                 plain = plain and type(each) is int and 0 < each < 1 << 62
             if plain and size == sizes and start == _ZEROS[num_dims]:
-                tensors[name] = TensorEntry(dtype, shape, (Chunk(file, offset, _ORIGINS[num_dims], shape),))
+                chunk = new(Chunk, (file, offset, _ORIGINS[num_dims], shape))
+                tensors[name] = new(TensorEntry, (dtype, shape, (chunk,)))
                 continue
         tensors[name] = _tensor_from_json(body, begins)
     return tensors

@@ -42,11 +42,13 @@ class Part:
         slot: The object, and where it stands in the state.
         content: The decoded value, with a `Reference` for each tensor.
         whole: Whether it is all of the object; else some of a module's entries are left as they are.
+        is_row: Whether the object is a dict of `Match.targets` and nothing else: once they are filled, it is loaded.
     """
 
     slot: Slot
     content: Any
     whole: bool = True
+    is_row: bool = False
 
 
 @dataclass(slots=True)
@@ -215,11 +217,12 @@ def _match_slot(slot: Slot, content: Any, manifest: Manifest, selection: Selecti
         return
     if not whole:
         content = {name: item for name, item in content.items() if f"{slot.key}.{name}" in taken}
+    is_row = False
     if found == "optimizer":
         _match_optimizer(slot, content, manifest, result)
     elif found == "value":
-        _match_value(slot.key, slot.value, content, manifest, result)
-    result.parts.append(Part(slot=slot, content=content, whole=whole))
+        is_row = _match_value(slot.key, slot.value, content, manifest, result)
+    result.parts.append(Part(slot=slot, content=content, whole=whole, is_row=is_row))
 
 
 def _match_module(slot: Slot, content: Any, manifest: Manifest, selection: Selection, result: Match) -> None:
@@ -297,8 +300,8 @@ def _match_optimizer(slot: Slot, content: Any, manifest: Manifest, result: Match
                 )
 
 
-def _match_value(key: str, value: Any, content: Any, manifest: Manifest, result: Match) -> None:
-    """Compare the tensors that stand at the same place on both sides."""
+def _match_value(key: str, value: Any, content: Any, manifest: Manifest, result: Match) -> bool:
+    """Compare the tensors that stand at the same place on both sides; say whether it is one row of them."""
     if isinstance(value, torch.Tensor) and isinstance(content, Reference):
         if _compare(key, value, manifest.tensors[content.name], result) and _is_plain(value) and not content.array:
             result.targets.setdefault(content.name, value)
@@ -307,17 +310,21 @@ def _match_value(key: str, value: Any, content: Any, manifest: Manifest, result:
         result.problems.append(f"{key}: the state has a tensor here, the checkpoint a {type(content).__name__}")
     elif isinstance(value, dict) and isinstance(content, dict):
         if _match_row(value, content, manifest, result):
-            return
+            return True
         for name, inner in value.items():
             if name in content:
                 _match_value(f"{key}.{name}", inner, content[name], manifest, result)
     elif isinstance(value, (list, tuple)) and isinstance(content, (list, tuple)):
         for index, (one, other) in enumerate(zip(value, content, strict=False)):
             _match_value(f"{key}.{index}", one, other, manifest, result)
+    return False
 
 
 def _match_row(value: dict[Any, Any], content: dict[Any, Any], manifest: Manifest, result: Match) -> bool:
-    """Match dicts of the same keys that hold plain tensors only, all at once; say whether they are such, and fit."""
+    """Match dicts of the same keys that hold plain tensors only, all at once; say whether they are such, and fit.
+
+    Each tensor then is the target of its entry.
+    """
     tensors, stored = list(value.values()), list(content.values())
     if not (set(map(type, tensors)) <= {torch.Tensor} and set(map(type, stored)) <= {Reference}):
         return False
@@ -331,8 +338,9 @@ def _match_row(value: dict[Any, Any], content: dict[Any, Any], manifest: Manifes
         and not any(reference.array for reference in stored)
     )
     if fit:
-        for tensor, reference in zip(tensors, stored, strict=True):
-            result.targets.setdefault(reference.name, tensor)
+        targets = result.targets
+        for tensor, (name, _) in zip(tensors, stored, strict=True):
+            fit = targets.setdefault(name, tensor) is tensor and fit
     return fit
 
 

@@ -186,6 +186,8 @@ def references(tree: Json) -> Iterator[str]:
     waiting = [tree]
     while waiting:
         node = waiting.pop()
+        if type(node) is list and len(node) == 2 and type(node[0]) is str:
+            node = node[1]  # a row of a "$dict", of which there may be a great many
         if type(node) is list:
             waiting.extend(reversed(node))
         elif type(node) is dict:

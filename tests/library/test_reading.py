@@ -125,6 +125,34 @@ def test_what_is_restored_lies_in_the_tensors_that_were_there(tmp_path: Path, wh
         assert torch.equal(tensor, saved[name]), name
 
 
+@pytest.mark.parametrize("tied", ["in both", "in the checkpoint", "nowhere"])
+@pytest.mark.parametrize("shapes", [[(3,), (4,), (3,)], [(3, 4), (), (3, 4)]], ids=str)
+def test_a_dict_of_plain_tensors_is_restored_where_it_lies(tmp_path: Path, shapes: list[tuple[int, ...]], tied: str):
+    saved = {f"{number}": torch.rand(shape) for number, shape in enumerate(shapes)}
+    there = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    saved["last"] = saved["0"] if tied != "nowhere" else torch.rand(shapes[0])
+    there["last"] = there["0"] if tied == "in both" else torch.zeros(shapes[0])
+    same = dict(there)
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        ckpt.save(1, {"row": saved})
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        assert ckpt.restore({"row": there}) == 1
+    for name, tensor in there.items():
+        assert tensor is same[name]
+        assert torch.equal(tensor, saved[name]), name
+
+
+def test_small_tensors_of_odd_strides_between_others_are_filled(tmp_path: Path):
+    wide = torch.zeros(4, 6)
+    there = {"a": torch.zeros(3), "b": wide[:, ::2], "c": wide[:, 1], "d": torch.zeros(2, 2)}
+    saved = {name: torch.rand(tensor.shape) for name, tensor in there.items()}
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        ckpt.save(1, saved)
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        assert ckpt.restore(there) == 1
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in there.items())
+
+
 def trained(seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distckpt.errors import UnsupportedStateError
-from distckpt.values import decode, encode
+from distckpt.values import decode, encode, references
 
 SCALARS = st.one_of(
     st.none(),
@@ -62,6 +62,30 @@ def same(one, other) -> bool:
 @given(VALUES)
 def test_a_value_comes_back_the_same(value):
     assert same(there_and_back(value), value)
+
+
+TREES = st.recursive(
+    st.one_of(st.none(), st.text(max_size=2), st.builds(lambda name: {"$tensor": name}, st.text(max_size=2))),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.sampled_from(["$dict", "$tensor", "a", "b"]), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+def named(tree) -> list[str]:
+    if isinstance(tree, list):
+        return [name for item in tree for name in named(item)]
+    if not isinstance(tree, dict):
+        return []
+    if tree.keys() == {"$tensor"} and isinstance(tree["$tensor"], str):
+        return [tree["$tensor"]]
+    return named(list(tree.values()))
+
+
+@given(TREES)
+def test_every_reference_is_found_in_its_order(tree):
+    assert list(references(tree)) == named(tree)
 
 
 @pytest.mark.parametrize(
