@@ -25,7 +25,7 @@ from distckpt.manifest import DataFile
 from distckpt.sharedmemory import own_folder
 from distckpt.storage import Capabilities, OpenFile
 from distckpt.storage.failures import telling
-from distckpt.storage.mapping import LocalFile
+from distckpt.storage.mapping import SEEN_BYTES, LocalFile
 
 logger = logging.getLogger("distckpt")
 
@@ -280,6 +280,7 @@ class KeptFiles:
         shared=False,
         rereads_are_cheap=True,
         read_bytes=8 << 20,
+        seen_bytes=SEEN_BYTES,
         num_readers=max(2, min(8, os.cpu_count() or 1)),
     )
 

@@ -57,6 +57,22 @@ class Task:
         return sum(segment.num_bytes for segment in self.segments)
 
 
+def split(task: Task, most: int) -> Iterator[Task]:
+    """Yield a task in parts of at most so many bytes, or of one segment, each with what is wanted of it."""
+    begin, number = task.begin, task.number
+    group: list[Segment] = []
+    num_bytes = 0
+    for segment in [*task.segments, None]:
+        if group and (segment is None or num_bytes + segment.num_bytes > most):
+            end = begin + num_bytes
+            ranges = [wanted for wanted in task.ranges if wanted.begin < end and wanted.end > begin]
+            yield Task(index=task.index, number=number, begin=begin, segments=group, ranges=ranges)
+            begin, number, group, num_bytes = end, number + len(group), [], 0
+        if segment is not None:
+            group.append(segment)
+            num_bytes += segment.num_bytes
+
+
 def copy_part(wanted: Range, source: memoryview, origin: int, first: int, last: int) -> None:
     """Copy what `source`, which begins at the file's byte `origin`, holds of a range between two bytes of the file."""
     first, last = max(wanted.begin, first), min(wanted.end, last)

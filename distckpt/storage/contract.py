@@ -45,6 +45,7 @@ class Capabilities:
         shared: Other hosts see the same files; None if that depends on what is mounted.
         rereads_are_cheap: Bytes that this host has just read come from its memory when they are read again.
         read_bytes: A good size of one `read`, in bytes.
+        seen_bytes: The most that is good to be seen as memory at once; 0 if files are read only.
         num_readers: How many `read`s are best under way at once.
         late_requests: What a process that is gone has asked for may happen still. Where it is false, a file that was
             deleted before it was published never is.
@@ -55,6 +56,7 @@ class Capabilities:
     shared: bool | None
     rereads_are_cheap: bool = False
     read_bytes: int = 4 << 20
+    seen_bytes: int = 0
     num_readers: int = 4
     late_requests: bool = True
 

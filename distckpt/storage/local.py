@@ -22,7 +22,7 @@ from distckpt.storage import direct
 from distckpt.storage.contract import Begun, Buffer, Capabilities, FileInfo, holds, is_plain
 from distckpt.storage.exclusive import name_exclusively
 from distckpt.storage.failures import local_error, telling
-from distckpt.storage.mapping import LocalFile
+from distckpt.storage.mapping import SEEN_BYTES, LocalFile
 from distckpt.storage.openfiles import reserve, write_all
 from distckpt.storage.room import Room, room_at
 
@@ -71,8 +71,9 @@ class LocalStorage:
             shared=None,
             rereads_are_cheap=True,
             read_bytes=8 << 20,
+            seen_bytes=SEEN_BYTES,
             num_readers=_NUM_READERS,
-            late_requests=False,  # a manifest is linked from a file beside it, and that is deleted, too
+            late_requests=False,  # a manifest is linked from a file beside it, which is deleted, too
         )
 
     def room(self) -> Room | None:
@@ -107,8 +108,7 @@ class LocalStorage:
 
     def put_rest(self, name: str, chunks: Iterable[Buffer], *, begin: int, num_bytes: int) -> int:
         """Go on with an unfinished file, as `ContinuingStorage.put_rest` says, or begin it."""
-        path = self._path(name)
-        folder, last = _split(name)
+        path, (folder, last) = self._path(name), _split(name)
         if begin == 0:
             with telling("write", path):
                 fd = self._create(name)

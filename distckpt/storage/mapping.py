@@ -21,6 +21,9 @@ from distckpt.storage.failures import local_error, telling
 if TYPE_CHECKING:
     import numpy as np
 
+# To show memory and hide it again stops the other threads for a moment, whatever its size.
+# Source: 1.1 GB were hashed and copied in 0.044 s in pieces of 8 MiB, in 0.041 of 32, and in 0.037 of 64.
+SEEN_BYTES = 64 << 20
 _MADV_DONTNEED = 4
 _MADV_POPULATE_READ = 22  # Linux 5.14
 _MOST_BUFFERS = 1024  # that one system call takes

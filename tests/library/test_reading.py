@@ -18,8 +18,9 @@ import distckpt
 from distckpt import CheckpointManager, nodecopy, sharedmemory
 from distckpt.datafiles import SEGMENT_BYTES, Reader, write
 from distckpt.errors import CheckpointDamagedError, StateMismatchError, UsageError
+from distckpt.manifest import Segment
 from distckpt.nodecopy import NodeCopy, Part
-from distckpt.readtasks import Range
+from distckpt.readtasks import Range, Task, split
 from distckpt.storage import CountingStorage, LocalStorage
 
 NAME = "attempt/rank-00000.safetensors"
@@ -60,6 +61,26 @@ def test_ranges_are_filled(stored: tuple[CountingStorage, Any, bytes], spans: li
     ranges = [Range(begin=begin, into=memoryview(t)) for (begin, _), t in zip(spans, targets, strict=True)]
     reader_of(stored).fill({0: ranges[::-1]})
     assert [bytes(t) for t in targets] == [stored[2][begin:end] for begin, end in spans]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    spans=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 30)), max_size=6),
+    most=st.integers(1, 30),
+)
+def test_a_task_in_parts_has_each_segment_once_and_all_that_is_wanted_of_it(sizes, spans, most):
+    segments = [Segment(num_bytes=size, digest="0" * 32) for size in sizes]
+    ranges = [Range(begin=begin, into=memoryview(bytearray(size))) for begin, size in sorted(spans)]
+    whole = Task(index=3, number=5, begin=10, segments=segments, ranges=ranges)
+    parts = list(split(whole, most))
+    assert [segment for part in parts for segment in part.segments] == segments
+    assert [part.number for part in parts] == [5 + sum(len(p.segments) for p in parts[:n]) for n in range(len(parts))]
+    place = whole.begin
+    for part in parts:
+        assert part.begin == place
+        assert part.num_bytes <= most or len(part.segments) == 1
+        place += part.num_bytes
+        assert part.ranges == [r for r in ranges if r.begin < place and r.end > part.begin]
 
 
 def test_each_segment_is_read_once_and_the_rest_only_when_asked(stored: tuple[CountingStorage, Any, bytes]):
