@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks import options
@@ -27,7 +28,7 @@ from benchmarks.rounds import Cell, interleave
 from benchmarks.states import State
 from benchmarks.targets import Column
 from benchmarks.team import Team
-from benchmarks.training import quiet_step_s, save_while_training
+from benchmarks.training import quiet_step_s, save_while_training, train_on
 
 ABOUT = "seconds of a background save"
 QUIET = "quiet step"
@@ -52,7 +53,8 @@ def measure_state(state: State, options: Options, team: Team) -> None:
         cells[name] = background_cell(make, state, team, options.directory / name.replace(" ", "-"))
     for name, make in prewarmed.items():
         cells[name] = prewarmed_cell(make, state, team, options.directory / name.replace(" ", "-"))
-    run = interleave(cells, team=team, rules=options.rules, references=REFERENCES)
+    between = partial(train_on, state, team)
+    run = interleave(cells, team=team, rules=options.rules, references=REFERENCES, between=between)
     report = Report(
         benchmark="async_stall",
         about=ABOUT,
@@ -161,13 +163,17 @@ def cleared(directory: Path, team: Team) -> None:
 
 
 def background_cell(make: Maker, state: State, team: Team, directory: Path) -> Cell:
-    """Return a cell: a new saver, its first save, one while training is idle, and one while it goes on."""
+    """Return a cell: a new saver, its first save, one while training is idle, and one while it goes on.
+
+    A few steps lie between them, as in a training.
+    """
 
     def cell() -> Mapping[str, float]:
         saver = made(make, state, team, directory)
         try:
             first_stall_s = timed(lambda: saver.start(directory / "step-000000000001"))
             saver.finish()
+            train_on(state, team)
             team.barrier()
             begun = time.perf_counter()
             saver.start(directory / "step-000000000002")

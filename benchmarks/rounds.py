@@ -146,7 +146,12 @@ def good_rounds(
 
 
 def interleave(
-    cells: Mapping[str, Cell], *, team: Team, rules: Rules, references: Sequence[tuple[str, str]] = ()
+    cells: Mapping[str, Cell],
+    *,
+    team: Team,
+    rules: Rules,
+    references: Sequence[tuple[str, str]] = (),
+    between: Callable[[], object] = lambda: None,
 ) -> Run:
     """Run every cell once a round, in random order, until there are enough good rounds, or twice as many were run.
 
@@ -155,6 +160,7 @@ def interleave(
         team: The ranks; each runs the same cells in the same order.
         rules: How many rounds, and how still.
         references: The contenders and measures that say how still the machine was.
+        between: Is called before each turn.
 
     Returns:
         All rounds. A contender that raised is out from then on; its error is kept.
@@ -172,6 +178,7 @@ def interleave(
         loads.append(os.getloadavg()[0])
         measured = {}
         for name in names:
+            between()
             begun = time.monotonic()
             value = _measure(cells[name], team)
             if rules.slow_s < float("inf") and team.agree(time.monotonic() - begun > rules.slow_s):

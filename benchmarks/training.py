@@ -25,6 +25,17 @@ def quiet_step_s(state: State, team: Team) -> float:
     return statistics.median(timed(step) for _ in range(NUM_QUIET_STEPS))
 
 
+def train_on(state: State, team: Team) -> None:
+    """Do a few steps, as lie between two saves of a training.
+
+    What the save before has left to the host and its disk is then over: a copy of 307 MB took 14.7 ms, and 20.3 right
+    after a direct write of what it fills. Idleness instead of steps lets the processors fall asleep: 17 instead of 10.
+    """
+    for _ in range(NUM_QUIET_STEPS):
+        state.train()
+        team.all(True)
+
+
 def save_while_training(saver: BackgroundSaver, state: State, team: Team, path: Path) -> dict[str, float]:
     """Save while real steps are done, and return what they lost by it."""
     before_s = quiet_step_s(state, team)
