@@ -6,6 +6,7 @@ on a GPU, the copies go through pinned memory in one piece.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import time
@@ -36,7 +37,10 @@ class RawBytes:
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = num_bytes
         self._padded = max(-(-num_bytes // ALIGNMENT_BYTES), 1) * ALIGNMENT_BYTES
-        self._memory = memoryview(mmap.mmap(-1, self._padded))
+        mapped = mmap.mmap(-1, self._padded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):
+            mapped.madvise(mmap.MADV_HUGEPAGE)  # the best memory there is
+        self._memory = memoryview(mapped)
         filling = memoryview(os.urandom(1 << 20))
         for begin in range(0, self._padded, len(filling)):
             end = min(begin + len(filling), self._padded)

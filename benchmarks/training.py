@@ -28,8 +28,8 @@ def quiet_step_s(state: State, team: Team) -> float:
 def train_on(state: State, team: Team) -> None:
     """Do a few steps, as lie between two saves of a training.
 
-    What the save before has left to the host and its disk is then over: a copy of 307 MB took 14.7 ms, and 20.3 right
-    after a direct write of what it fills. Idleness instead of steps lets the processors fall asleep: 17 instead of 10.
+    What the turn before has left to the host and its disk is then over, and the processors are awake: after 0.3 s of
+    idleness instead, a copy of 307 MB took 17 ms, and 10 after steps.
     """
     for _ in range(NUM_QUIET_STEPS):
         state.train()

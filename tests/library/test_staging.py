@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 
 import pytest
 import torch
@@ -90,3 +91,15 @@ def test_the_memory_is_aligned_and_holds_zeros():
 def test_too_much_memory_is_a_memory_error():
     with pytest.raises(MemoryError, match="no room to stage"):
         HostMemory(1 << 60)
+
+
+def test_a_process_that_is_forked_off_neither_sees_nor_shares_staged_bytes():
+    memory = HostMemory(3 << 20)
+    memory.view[:] = bytes([7]) * len(memory.view)
+    child = os.fork()
+    if not child:
+        seen = bytes(memory.view)
+        memory.view[:2] = b"no"
+        os._exit(0 if seen == bytes(len(seen)) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert bytes(memory.view) == bytes([7]) * len(memory.view)
