@@ -15,7 +15,7 @@ from distckpt.storage import downloads, uploads
 from distckpt.storage.clients import RACE_CODES, RANGE_CODES, Upload
 from distckpt.storage.connection import Connection
 from distckpt.storage.contract import Buffer
-from distckpt.storage.failures import server_code
+from distckpt.storage.failures import server_code, server_status
 from distckpt.storage.obstores import FastUploads
 from distckpt.storage.requests import Requests
 from distckpt.storage.retries import BrokenAnswerError
@@ -25,7 +25,9 @@ NUM_READERS = 12  # each may hold one request's bytes beside what it reads into
 _ERROR = re.compile(rb"\s*(<\?xml[^>]*\?>)?\s*<Error>")
 _NO_CONDITIONS = {"NotImplemented", "501"}
 _NOT_THERE = {"404", "412", "NoSuchKey", "PreconditionFailed"}  # none, or another one than the one that was meant
+_REFUSALS = {409, 412}  # of a condition
 WITHDRAW_TRIES = 3
+PROOFS = 3
 
 logger = logging.getLogger("distckpt")
 
@@ -65,8 +67,8 @@ class S3Client:
     def create(self, path: str, data: bytes) -> None:
         """Write a small object in one request unless it exists.
 
-        The first one is sent twice, unless to Amazon: a server that takes the second one ignores the condition. It
-        has the same bytes, so nothing is changed by it.
+        The first one is sent again, unless to Amazon: a server that takes it each time ignores the condition. It has
+        the same bytes, so nothing is changed by it.
         """
         if not self.is_conditional:
             self._put(path, data)
@@ -79,22 +81,27 @@ class S3Client:
             self._warn_of("has no create-only PUT")
             self._put(path, data)
             return
-        if not self._is_proven and not self._requests.is_amazon:
-            self._prove(path, data)
-        self._is_proven = True
+        if not self._is_proven:
+            self._is_proven = self._requests.is_amazon or self._proven(path, data)
 
     def _put(self, path: str, data: bytes, **condition: Any) -> None:
         bucket, key = uploads.place(self._requests, path)
         checksum = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         self._requests.call("put_object", Bucket=bucket, Key=key, Body=data, ContentMD5=checksum, **condition)
 
-    def _prove(self, path: str, data: bytes) -> None:
-        try:
-            self._put(path, data, IfNoneMatch="*")
-        except Exception as error:  # noqa: BLE001 - what was to be written is written
-            logger.debug("%s refuses to replace: %s", self._url, server_code(error))
-        else:
-            self._warn_of("ignores the condition of a create-only PUT")
+    def _proven(self, path: str, data: bytes) -> bool:
+        """Send it again, and say whether the server has told by that what it makes of the condition.
+
+        That it is taken once may be the work of another job, which deletes the object while this one stands still.
+        """
+        for _ in range(PROOFS):
+            try:
+                self._put(path, data, IfNoneMatch="*")
+            except Exception as error:  # noqa: BLE001 - what was to be written is written
+                logger.debug("%s refuses to replace: %s", self._url, server_code(error))
+                return server_status(error) in _REFUSALS
+        self._warn_of("ignores the condition of a create-only PUT")
+        return True
 
     def _warn_of(self, what: str) -> None:
         self.is_conditional = False

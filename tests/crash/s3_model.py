@@ -119,22 +119,27 @@ class Server:
 
     def _put_object(self, name: str, *, Body: bytes, IfNoneMatch: str = "", ContentMD5: str = "") -> dict[str, Any]:
         assert IfNoneMatch in ("", "*")
+        kind = "create" if IfNoneMatch else "put"
+        self.on_call(kind, name)
         refusal = None
         if IfNoneMatch and name in self.contents.objects:
             refusal = _refusal("PreconditionFailed", 412, condition="If-None-Match")
-        return self._change("create" if IfNoneMatch else "put", name, refusal, data=bytes(Body))
+        return self._change(kind, name, refusal, data=bytes(Body))
 
     def _create_multipart_upload(self, name: str) -> dict[str, Any]:
+        self.on_call("begin", name)
         number = self.contents.num_uploads + 1
         return {**self._change("begin", name, None, inode=number), "UploadId": str(number)}
 
     def _upload_part(self, name: str, *, UploadId: str, PartNumber: int, Body: bytes) -> dict[str, Any]:
+        self.on_call("part", name)
         answer = self._change(
             "part", name, self._unless_under_way(UploadId), inode=int(UploadId), offset=PartNumber, data=bytes(Body)
         )
         return {**answer, "ETag": tag_of(Body)}
 
     def _complete_multipart_upload(self, name: str, *, UploadId: str, MultipartUpload: Any) -> dict[str, Any]:
+        self.on_call("complete", name)
         refusal = self._unless_under_way(UploadId)
         if refusal is None:
             sent = {number: tag_of(data) for number, data in self.contents.uploads[int(UploadId)][1].items()}
@@ -142,6 +147,7 @@ class Server:
         return self._change("complete", name, refusal, inode=int(UploadId))
 
     def _abort_multipart_upload(self, name: str, *, UploadId: str) -> dict[str, Any]:
+        self.on_call("abort", name)
         return self._change("abort", name, self._unless_under_way(UploadId), inode=int(UploadId))
 
     def _list_multipart_uploads(self, prefix: str) -> dict[str, Any]:
@@ -155,6 +161,7 @@ class Server:
         return {"Uploads": found, "IsTruncated": False}
 
     def _delete_object(self, name: str, *, IfMatch: str = "") -> dict[str, Any]:
+        self.on_call("delete", name)
         found = self.contents.objects.get(name)
         changed = IfMatch and (found is None or tag_of(found) != IfMatch)
         refusal = _refusal("PreconditionFailed", 412, condition="If-Match") if changed else None
@@ -191,8 +198,10 @@ class Server:
         return {"Contents": found, "IsTruncated": False}
 
     def _change(self, kind: str, name: str, refusal: ClientError | None, **facts: Any) -> dict[str, Any]:
-        """Do what changes something, unless it is refused, and answer."""
-        self.on_call(kind, name)
+        """Do what changes something, unless it is refused, and answer.
+
+        Whether it is refused is judged when the request arrives, which is after `on_call`: others may come before it.
+        """
         if refusal is None:
             self.contents.apply(self.log.record(kind, name=name, **facts))
         self.on_call("answer", name)

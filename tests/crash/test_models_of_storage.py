@@ -13,7 +13,7 @@ from crew import Crew, CrewRanks
 from disk import Disk, Tree, after_kill, after_power_loss
 from recording import Log, cuts
 from runs import Job
-from s3_model import Server
+from s3_model import Server, answered
 
 from distckpt.errors import DistckptError, RankFailedError
 from distckpt.storage import LocalStorage, Storage, open_storage
@@ -147,3 +147,40 @@ def test_the_rank_that_is_to_be_ahead_makes_the_folders(first: int) -> None:
         Job(steps=(10,), first=first).run(opener, disk.log)
     folders = [op for op in disk.log.ops if op.kind == "mkdir" and (op.name.startswith("step-") or len(op.name) == 16)]
     assert {op.rank for op in folders} == {first}
+
+
+def test_a_server_is_not_taken_for_one_without_conditions_because_another_job_deletes_between(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = Server()
+    num_creates = iter(range(9))
+
+    def delete_before_the_second(call: str, name: str) -> None:
+        if call == "create" and next(num_creates) == 1:
+            del server.contents.objects[name]
+
+    with server.opened() as opener:
+        storage = opener()
+        server.on_call = delete_before_the_second
+        storage.publish("lease/1.json", b"mine")
+        assert next(num_creates) == 3
+        assert storage.capabilities.exclusive_publish
+    assert not caplog.records
+
+
+def test_a_server_that_refuses_for_another_reason_is_asked_again() -> None:
+    server = Server()
+    requests: list[str] = []
+
+    def fail_the_second(call: str, name: str) -> None:
+        if call == "create":
+            requests.append(name)
+            if len(requests) == 2:
+                raise answered("AccessDenied", 403)
+
+    with server.opened() as opener:
+        storage = opener()
+        server.on_call = fail_the_second
+        for name in "abc":
+            storage.publish(name, b"mine")
+    assert [name[-1] for name in requests] == ["a", "a", "b", "b", "c"]
