@@ -255,7 +255,7 @@ def committed(
     return found
 
 
-def quarantine(storage: Storage, folder: str, *, data: bytes, reason: str) -> None:
+def quarantine(storage: Storage, folder: str, *, data: bytes, reason: str) -> bool:
     """Put a damaged checkpoint's manifest aside, so that it is none any more; its files stay until they are pruned.
 
     Args:
@@ -265,16 +265,20 @@ def quarantine(storage: Storage, folder: str, *, data: bytes, reason: str) -> No
             the step was saved again, it stays.
         reason: What is wrong.
 
+    Returns:
+        Whether that manifest was still there.
+
     Raises:
         StorageError: The storage refuses; the checkpoint is as it was.
     """
     name = names.join(folder, names.MANIFEST)
     if not holds(storage, name, data):
-        return
+        return False
     record = {"manifest": data.decode(errors="replace"), "reason": reason}
     with contextlib.suppress(FileExistsError):  # put aside before, for another reason
         storage.publish(names.join(folder, names.quarantine_name(digest(data)[:16])), json.dumps(record).encode())
     withdraw(storage, name, data)
+    return True
 
 
 def remove(storage: Storage, folder: Folder) -> None:

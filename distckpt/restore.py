@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from distckpt.garbage import kept_off
 from distckpt.loading import Loading, RestoreRequest
 from distckpt.manifest import Manifest
 from distckpt.ranks import Ranks
-from distckpt.storage import Storage
+from distckpt.storage import FileInfo, Storage
 from distckpt.values import Json
 
 __all__ = ["Loaded", "RestoreRequest", "restore"]
@@ -195,22 +195,9 @@ def _choose(
     if request.step is not None or not request.heal:
         folder, manifest = catalog.locate(storage, step=request.step)
         return _chosen(folder, manifest, known)
-    folders = catalog.scan(storage)
-    for candidate in reversed(folders):
-        if not candidate.committed or candidate.name in left_out:
-            continue
-        try:
-            data = catalog.manifest_data(storage, candidate.name)
-        except CheckpointNotFoundError:
-            continue  # it was deleted just now
-        try:
-            manifest = catalog.parsed_manifest(storage, candidate.name, data)
-            _check_sizes(candidate, manifest, storage.url)
-        except CheckpointDamagedError as error:
-            left_out.add(candidate.name)
-            _put_aside(storage, candidate.name, data, str(error), request)
-            continue
-        return _chosen(candidate.name, manifest, known)
+    folders, found = _newest_good(storage, request, left_out)
+    if found is not None:
+        return _chosen(*found, known)
     if origin is not None:
         return _chosen(origin.folder, origin.read_manifest(), known, is_origin=True)
     if left_out or any(folder.damaged for folder in folders):
@@ -229,25 +216,83 @@ def _chosen(folder: str, manifest: Manifest, known: dict[str, Manifest], *, is_o
     return {"folder": folder, "attempt": manifest.attempt, "is_origin": is_origin}
 
 
-def _check_sizes(folder: catalog.Folder, manifest: Manifest, url: str) -> None:
-    """Refuse a checkpoint of which the listing alone shows that it is not whole."""
-    sizes = {file.name: file.num_bytes for file in folder.files}
-    for problem in verification.wrong_sizes(sizes, manifest, folder=folder.name):
+def _newest_good(
+    storage: Storage, request: RestoreRequest, left_out: set[str]
+) -> tuple[list[catalog.Folder], tuple[str, Manifest] | None]:
+    """Rank 0: return what a directory holds, and of that the newest checkpoint that is good as far as its sizes tell.
+
+    Damaged ones are put aside and left out. Of one that is deleted, or saved anew, while it is looked at, there is a
+    newer one: so the directory is looked at again.
+    """
+    for tries_left in reversed(range(catalog.LOCATE_TRIES)):
+        folders, has_changed = catalog.scan(storage), False
+        for candidate in reversed(folders):
+            if not candidate.committed or candidate.name in left_out:
+                continue
+            try:
+                return folders, (candidate.name, _good_manifest(storage, candidate, request))
+            except CheckpointDamagedError:
+                left_out.add(candidate.name)
+            except CheckpointNotFoundError:
+                has_changed = True
+                if tries_left:
+                    break
+        if not has_changed:
+            break
+    return folders, None
+
+
+def _good_manifest(storage: Storage, folder: catalog.Folder, request: RestoreRequest) -> Manifest:
+    """Return a checkpoint's manifest, unless its bytes or its files' sizes show that it is damaged.
+
+    Raises:
+        CheckpointDamagedError: It is damaged; it is put aside.
+        CheckpointNotFoundError: It was deleted, or another one has come in its place.
+        StorageError: It could not be read.
+    """
+    data = catalog.manifest_data(storage, folder.name)
+    try:
+        manifest = catalog.parsed_manifest(storage, folder.name, data)
+        _check_sizes(storage, folder, manifest)
+    except CheckpointDamagedError as error:
+        if not _put_aside(storage, folder.name, data, str(error), request):
+            path = names.join(storage.url, folder.name)
+            raise CheckpointNotFoundError(path=path, reason="it changed while it was looked at") from error
+        raise
+    return manifest
+
+
+def _check_sizes(storage: Storage, folder: catalog.Folder, manifest: Manifest) -> None:
+    """Refuse a checkpoint of which a listing alone shows that it is not whole.
+
+    Since the directory was listed the step may have been saved anew, and this manifest be of that save: so a file
+    counts as missing only where a listing that is younger than the manifest lacks it, too.
+    """
+    files = folder.files
+    if any(_wrong_sizes(files, manifest, folder.name)):
+        files = tuple(storage.list(folder.name))
+    for problem in _wrong_sizes(files, manifest, folder.name):
         raise CheckpointDamagedError(
-            path=names.join(url, folder.name), step=manifest.step, file=problem.file, problem=problem.problem
+            path=names.join(storage.url, folder.name), step=manifest.step, file=problem.file, problem=problem.problem
         )
 
 
-def _put_aside(storage: Storage, folder: str, data: bytes, reason: str, request: RestoreRequest) -> None:
-    """Put a damaged checkpoint aside, by its manifest's bytes, loudly."""
+def _wrong_sizes(files: Iterable[FileInfo], manifest: Manifest, folder: str) -> Iterator[verification.Problem]:
+    return verification.wrong_sizes({file.name: file.num_bytes for file in files}, manifest, folder=folder)
+
+
+def _put_aside(storage: Storage, folder: str, data: bytes, reason: str, request: RestoreRequest) -> bool:
+    """Put a damaged checkpoint aside, by its manifest's bytes, loudly; say whether they still were what is there."""
     first_line = reason.partition("\n")[0]
     try:
-        catalog.quarantine(storage, folder, data=data, reason=first_line)
+        if not catalog.quarantine(storage, folder, data=data, reason=first_line):
+            return False
         done = "it is put aside"
     except DistckptError as error:
         done = f"it could not be put aside ({error})"
     logger.warning("damaged checkpoint: %s; %s, and the next older one is taken", first_line, done)
     request.tell(Quarantined(step=names.parse_step(folder), reason=f"{first_line}; {done}"))
+    return True
 
 
 def _damaged(storage: Storage, folder: str, found: Json) -> CheckpointDamagedError:
@@ -355,5 +400,6 @@ def _examine(storage: Storage, request: RestoreRequest, folder: str, rank: int, 
         return {**found, "confirmed": False}
     if request.heal:
         reason = f"{names.join(storage.url, folder)}: {problem.file!r} {problem.problem}"
-        _put_aside(storage, folder, data, reason, request)
+        if not _put_aside(storage, folder, data, reason, request):
+            return {**found, "confirmed": False}  # it is another one by now
     return {**found, "file": problem.file, "problem": problem.problem}

@@ -266,9 +266,10 @@ def two_may_take_one_number(patch: Patch) -> None:
 def put_aside_whatever_is_there(patch: Patch) -> None:
     real = catalog.quarantine
 
-    def quarantine(storage: Storage, folder: str, *, data: bytes, reason: str) -> None:
+    def quarantine(storage: Storage, folder: str, *, data: bytes, reason: str) -> bool:
         with contextlib.suppress(CheckpointNotFoundError):
             real(storage, folder, data=catalog.manifest_data(storage, folder), reason=reason)
+        return True
 
     patch.setattr(catalog, "quarantine", quarantine)
 
@@ -285,4 +286,4 @@ def newer_checkpoints_of_another_job_are_not_noticed(patch: Patch) -> None:
 
 @planted(("clean-up", "disk-kill"), ("clean-up", "bucket-kill"))
 def damaged_ones_are_not_put_aside(patch: Patch) -> None:
-    patch.setattr(catalog, "quarantine", lambda *_, **__: None)
+    patch.setattr(catalog, "quarantine", lambda *_, **__: True)
