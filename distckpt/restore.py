@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from distckpt import catalog, names, nodecopy, verification
+from distckpt import catalog, names, nodecopy
 from distckpt.branches import Home, Origin
-from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError
-from distckpt.events import Quarantined
+from distckpt.choice import choose, examine
+from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
 from distckpt.garbage import kept_off
 from distckpt.loading import Loading, RestoreRequest
 from distckpt.manifest import Manifest
 from distckpt.ranks import Ranks
-from distckpt.storage import FileInfo, Storage
+from distckpt.storage import Storage
 from distckpt.values import Json
 
 __all__ = ["Loaded", "RestoreRequest", "restore"]
@@ -163,7 +163,7 @@ def _restore(
         chosen = ranks.agree(
             "restore: choosing a checkpoint",
             lambda: None,
-            lambda _: _choose(storage, request, left_out, known, origin),
+            lambda _: choose(storage, request, left_out, known, origin),
         )
         if chosen is None:
             return None
@@ -181,118 +181,6 @@ def _restore(
         if not asked.heal:
             raise _damaged(place, folder, found)
         left_out.add(folder)
-
-
-def _choose(
-    storage: Storage, request: RestoreRequest, left_out: set[str], known: dict[str, Manifest], origin: Origin | None
-) -> Json:
-    """Rank 0: return the folder of the checkpoint to load and its attempt, or None on a fresh directory.
-
-    Its manifest is added to `known`.
-    """
-    if origin is not None and request.step == origin.step:
-        return _chosen(origin.folder, origin.read_manifest(), known, is_origin=True)
-    if request.step is not None or not request.heal:
-        folder, manifest = catalog.locate(storage, step=request.step)
-        return _chosen(folder, manifest, known)
-    folders, found = _newest_good(storage, request, left_out)
-    if found is not None:
-        return _chosen(*found, known)
-    if origin is not None:
-        return _chosen(origin.folder, origin.read_manifest(), known, is_origin=True)
-    if left_out or any(folder.damaged for folder in folders):
-        raise CheckpointDamagedError(
-            path=storage.url,
-            problem=f"has no good checkpoint left: {catalog.absence(catalog.scan(storage))}",
-            fix=f"look at them with: distckpt ls {storage.url}  (or start afresh in another directory)",
-        )
-    if folders:
-        logger.warning("%s: %s; starting from step 0", storage.url, catalog.absence(folders))
-    return None
-
-
-def _chosen(folder: str, manifest: Manifest, known: dict[str, Manifest], *, is_origin: bool = False) -> Json:
-    known[folder] = manifest
-    return {"folder": folder, "attempt": manifest.attempt, "is_origin": is_origin}
-
-
-def _newest_good(
-    storage: Storage, request: RestoreRequest, left_out: set[str]
-) -> tuple[list[catalog.Folder], tuple[str, Manifest] | None]:
-    """Rank 0: return what a directory holds, and of that the newest checkpoint that is good as far as its sizes tell.
-
-    Damaged ones are put aside and left out. Of one that is deleted, or saved anew, while it is looked at, there is a
-    newer one: so the directory is looked at again.
-    """
-    for tries_left in reversed(range(catalog.LOCATE_TRIES)):
-        folders, has_changed = catalog.scan(storage), False
-        for candidate in reversed(folders):
-            if not candidate.committed or candidate.name in left_out:
-                continue
-            try:
-                return folders, (candidate.name, _good_manifest(storage, candidate, request))
-            except CheckpointDamagedError:
-                left_out.add(candidate.name)
-            except CheckpointNotFoundError:
-                has_changed = True
-                if tries_left:
-                    break
-        if not has_changed:
-            break
-    return folders, None
-
-
-def _good_manifest(storage: Storage, folder: catalog.Folder, request: RestoreRequest) -> Manifest:
-    """Return a checkpoint's manifest, unless its bytes or its files' sizes show that it is damaged.
-
-    Raises:
-        CheckpointDamagedError: It is damaged; it is put aside.
-        CheckpointNotFoundError: It was deleted, or another one has come in its place.
-        StorageError: It could not be read.
-    """
-    data = catalog.manifest_data(storage, folder.name)
-    try:
-        manifest = catalog.parsed_manifest(storage, folder.name, data)
-        _check_sizes(storage, folder, manifest)
-    except CheckpointDamagedError as error:
-        if not _put_aside(storage, folder.name, data, str(error), request):
-            path = names.join(storage.url, folder.name)
-            raise CheckpointNotFoundError(path=path, reason="it changed while it was looked at") from error
-        raise
-    return manifest
-
-
-def _check_sizes(storage: Storage, folder: catalog.Folder, manifest: Manifest) -> None:
-    """Refuse a checkpoint of which a listing alone shows that it is not whole.
-
-    Since the directory was listed the step may have been saved anew, and this manifest be of that save: so a file
-    counts as missing only where a listing that is younger than the manifest lacks it, too.
-    """
-    files = folder.files
-    if any(_wrong_sizes(files, manifest, folder.name)):
-        files = tuple(storage.list(folder.name))
-    for problem in _wrong_sizes(files, manifest, folder.name):
-        raise CheckpointDamagedError(
-            path=names.join(storage.url, folder.name), step=manifest.step, file=problem.file, problem=problem.problem
-        )
-
-
-def _wrong_sizes(files: Iterable[FileInfo], manifest: Manifest, folder: str) -> Iterator[verification.Problem]:
-    return verification.wrong_sizes({file.name: file.num_bytes for file in files}, manifest, folder=folder)
-
-
-def _put_aside(storage: Storage, folder: str, data: bytes, reason: str, request: RestoreRequest) -> bool:
-    """Put a damaged checkpoint aside, by its manifest's bytes, loudly; say whether they still were what is there."""
-    first_line = reason.partition("\n")[0]
-    try:
-        if not catalog.quarantine(storage, folder, data=data, reason=first_line):
-            return False
-        done = "it is put aside"
-    except DistckptError as error:
-        done = f"it could not be put aside ({error})"
-    logger.warning("damaged checkpoint: %s; %s, and the next older one is taken", first_line, done)
-    request.tell(Quarantined(step=names.parse_step(folder), reason=f"{first_line}; {done}"))
-    return True
 
 
 def _damaged(storage: Storage, folder: str, found: Json) -> CheckpointDamagedError:
@@ -331,9 +219,9 @@ def _load(
     )
 
     def judge(facts: list[Json]) -> Json:
-        bad = [(rank, fact["damage"]) for rank, fact in enumerate(facts) if fact["damage"] is not None]
+        bad = [fact["damage"] for fact in facts if fact["damage"] is not None]
         return {
-            "found": _examine(storage, request, folder, *bad[0]) if bad else None,
+            "found": examine(storage, request, folder, bad[0]) if bad else None,
             "teams": None if bad else nodecopy.teams([fact["told"] for fact in facts]),
         }
 
@@ -382,24 +270,3 @@ def _told(work: Callable[[], Json]) -> Json:
     except (CheckpointDamagedError, CheckpointNotFoundError) as error:
         problem = getattr(error, "problem", str(error))
         return {"told": None, "damage": {"file": getattr(error, "file", None), "problem": problem}}
-
-
-def _examine(storage: Storage, request: RestoreRequest, folder: str, rank: int, fact: Json) -> Json:
-    """Rank 0: look at a checkpoint that a rank could not read; put it aside if it is damaged, and may be."""
-    found = {**fact, "vanished": False, "confirmed": True}
-    try:
-        data = catalog.manifest_data(storage, folder)
-    except CheckpointNotFoundError:
-        return {**found, "vanished": True}
-    try:
-        manifest = catalog.parsed_manifest(storage, folder, data)
-        problem = next(verification.verify(storage, manifest, folder=folder), None)
-    except CheckpointDamagedError as error:
-        problem = verification.Problem(file=names.MANIFEST, problem=error.problem)
-    if problem is None:
-        return {**found, "confirmed": False}
-    if request.heal:
-        reason = f"{names.join(storage.url, folder)}: {problem.file!r} {problem.problem}"
-        if not _put_aside(storage, folder, data, reason, request):
-            return {**found, "confirmed": False}  # it is another one by now
-    return {**found, "file": problem.file, "problem": problem.problem}
