@@ -123,6 +123,7 @@ class Disk:
         self._numbers = itertools.count(1000)
         self._inodes = itertools.count(1 + max([*self.contents.files, *self.contents.folders]))
         self._entry_clocks: dict[tuple[int, str], dict[int, int]] = {}
+        self._removed: set[int] = set()  # folders; who still holds one open can put nothing there
 
     def __getattr__(self, name: str) -> Any:
         if name in _FROM_OS:
@@ -209,6 +210,7 @@ class Disk:
         if self.contents.folders[inode]:
             raise _error(errno.ENOTEMPTY, name)
         self._change("rmdir", folder, name)
+        self._removed.add(inode)
 
     def link(self, source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int, follow_symlinks: bool) -> None:
         self.on_call("link", target)
@@ -305,6 +307,8 @@ class Disk:
 
     def _change(self, kind: str, folder: int, name: str, **facts: Any) -> None:
         """Change an entry; it comes after the last change of that entry, and after the folder was made."""
+        if folder in self._removed:
+            raise _error(errno.ENOENT, name)
         for place, entry in ((folder, name), (folder, "")):
             self.log.learn(self._entry_clocks.get((place, entry), {}))
         self._record(kind, place=folder, name=name, **facts)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bucket import Bucket, Objects
@@ -78,6 +81,37 @@ def test_the_bucket_answers_as_a_server_does(model: type[Bucket | Server], s3_bu
 def test_a_disk_refuses_a_call_that_it_does_not_know() -> None:
     with pytest.raises(AttributeError, match=r"no os\.truncate"):
         _ = Disk().truncate
+
+
+def outcomes_in_a_removed_folder(system: Any, root: str) -> list[int | None]:
+    """Return how calls end that put something into a folder which was removed after it had been opened."""
+    system.mkdir(f"{root}/gone")
+    root_fd, gone_fd = (system.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (root, f"{root}/gone"))
+    system.close(system.open("file", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=root_fd))
+    system.rmdir("gone", dir_fd=root_fd)
+    link = partial(system.link, "file", "file", src_dir_fd=root_fd, dst_dir_fd=gone_fd, follow_symlinks=False)
+    ends: list[int | None] = []
+    for call in (
+        partial(system.mkdir, "inner", dir_fd=gone_fd),
+        partial(system.open, "new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=gone_fd),
+        link,
+        partial(system.fsync, gone_fd),
+    ):
+        try:
+            call()
+            ends.append(None)
+        except OSError as error:
+            ends.append(error.errno)
+    system.close(gone_fd)
+    system.close(root_fd)
+    return ends
+
+
+def test_nothing_can_be_put_into_a_folder_that_was_removed(tmp_path: Path) -> None:
+    disk = Disk()
+    disk.mkdir("/run")
+    found = outcomes_in_a_removed_folder(disk, "/run")
+    assert found == outcomes_in_a_removed_folder(os, str(tmp_path)) == [errno.ENOENT] * 3 + [None]
 
 
 def written(*, synced: bool) -> Log:
