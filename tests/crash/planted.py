@@ -10,11 +10,12 @@ from typing import Any
 import disk
 import pytest
 
-from distckpt import CheckpointManager, background, catalog, commit, datafiles, manager, names, saver
+from distckpt import CheckpointManager, background, catalog, choice, commit, datafiles, manager, names, saver
 from distckpt import ranks as ranks_module
-from distckpt.errors import CheckpointNotFoundError
+from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
 from distckpt.lease import Lease
 from distckpt.leasefiles import Seen
+from distckpt.manifest import Manifest
 from distckpt.restore import RestoreRequest
 from distckpt.retention import Retention
 from distckpt.saver import Saver
@@ -272,6 +273,15 @@ def put_aside_whatever_is_there(patch: Patch) -> None:
         return True
 
     patch.setattr(catalog, "quarantine", quarantine)
+
+
+@planted(("both-clean-up", "disk", "stands, 188 -1, 0"), ("both-clean-up", "s3", "stands, 30 -1, 0"))
+def judged_by_a_listing_that_is_older_than_the_manifest(patch: Patch) -> None:
+    def check_sizes(_storage: Storage, folder: catalog.Folder, manifest: Manifest) -> None:
+        for problem in choice._wrong_sizes(folder.files, manifest, folder.name):
+            raise CheckpointDamagedError(path=folder.name, file=problem.file, problem=problem.problem)
+
+    patch.setattr(choice, "_check_sizes", check_sizes)
 
 
 @planted(("both-clean-up", "disk", "stands, 213 -1, 0"))

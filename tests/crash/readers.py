@@ -33,8 +33,11 @@ def moments(base: Contents, ops: list[Op]) -> Iterator[tuple[Contents, Ack, list
             yield contents.copy(), acked, ops[index + 1 :]
 
 
-def read(contents: Contents, later: list[Op], at_call: int) -> tuple[list[Ack | BaseException], bool]:
-    """Restore on 2 ranks; at their `at_call`-th call the owner does `later`. Say, too, whether it came to that."""
+def read(contents: Contents, later: list[Op], at_call: int, *, heal: bool) -> tuple[list[Ack | BaseException], bool]:
+    """Restore on 2 ranks; at their `at_call`-th call the owner does `later`. Say, too, whether it came to that.
+
+    There is nothing to `heal`; but who might goes his own way.
+    """
     machine = contents.machine()
     calls = itertools.count()
     moved_on = threading.Event()
@@ -51,15 +54,21 @@ def read(contents: Contents, later: list[Op], at_call: int) -> tuple[list[Ack | 
 
         def work(rank: int) -> Ack:
             state = content(NOTHING)
-            request = RestoreRequest(rng=False, heal=False)
+            request = RestoreRequest(rng=False, heal=heal)
             restore(state, request, storage=opener(), ranks=CrewRanks(crew, rank, "reading"))
             return told(state)
 
         return crew.run(work), moved_on.is_set()
 
 
-def run(kind: type[Contents], *, seed: int, sample: int | None = None) -> int:
+def run(kind: type[Contents], *, seed: int, sample: int | None = None, heal: bool = False) -> int:
     """Check readers at all moments, or at so many that the seed picks; return how many.
+
+    Args:
+        kind: What they read.
+        seed: Decides what is sampled.
+        sample: How many to check; None for all.
+        heal: Whether they put aside what is damaged, as a job that restores does, or only read.
 
     Raises:
         AssertionError: Something did not hold; says what and where.
@@ -73,7 +82,7 @@ def run(kind: type[Contents], *, seed: int, sample: int | None = None) -> int:
         chosen = list(itertools.product(range(len(found)), range(num_calls)))
         for index, at_call in chosen if sample is None else rng.sample(chosen, min(sample, len(chosen))):
             contents, acked, later = found[index]
-            results, happened = read(contents.copy(), later, at_call)
+            results, happened = read(contents.copy(), later, at_call, heal=heal)
             where = f"{kind.__name__}: reader from moment {index} on, the owner goes on at its call {at_call}"
             for result in results:
                 if isinstance(result, BaseException):

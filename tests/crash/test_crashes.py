@@ -56,18 +56,20 @@ def told(counts: Counts) -> str:
     return f"{counts.replayed:,} states replayed, {counts.distinct:,} of them distinct, {counts.checked:,} checks"
 
 
+@pytest.mark.parametrize("heal", [False, True], ids=["reads", "heals"])
 @pytest.mark.parametrize("model", ["disk-kill", "bucket-kill"])
-def test_readers_never_see_an_owner_at_work(model: str) -> None:
+def test_readers_never_see_an_owner_at_work(model: str, heal: bool) -> None:
     with silenced():
-        assert readers.run(MODELS[model][1], seed=SEED, sample=60) > 10
+        assert readers.run(MODELS[model][1], seed=SEED, sample=60, heal=heal) > 10
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("heal", [False, True], ids=["reads", "heals"])
 @pytest.mark.parametrize("model", ["disk-kill", "bucket-kill"])
-def test_no_reader_ever_sees_an_owner_at_work(model: str) -> None:
+def test_no_reader_ever_sees_an_owner_at_work(model: str, heal: bool) -> None:
     with silenced():
-        num_checked = readers.run(MODELS[model][1], seed=SEED)
-    print(f"\nreaders, {model}: {num_checked:,} moments")
+        num_checked = readers.run(MODELS[model][1], seed=SEED, heal=heal)
+    print(f"\nreaders, {model}, {'healing' if heal else 'reading'}: {num_checked:,} moments")
 
 
 @pytest.mark.parametrize("place", writers.PLACES)
