@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -240,19 +241,24 @@ class _Body:
 
 
 class PromptLoop(asyncio.SelectorEventLoop):
-    """An event loop that does what other threads give it at once, on their thread; pauses take no time."""
+    """An event loop that does what other threads give it at once, on their thread; pauses take no time.
+
+    They come one by one: what is given to it while it ends on another thread would never be done.
+    """
 
     def __init__(self) -> None:
         self._clock = _SkippingSelector()
+        self._turn = threading.RLock()
         super().__init__(self._clock)
 
     def time(self) -> float:
         return self._clock.skipped_s
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:
-        handle = self.call_soon(callback, *args, context=context)
-        if not self.is_running():
-            self.run_until_complete(_others_done())
+        with self._turn:
+            handle = self.call_soon(callback, *args, context=context)
+            if not self.is_running():
+                self.run_until_complete(_others_done())
         return handle
 
 

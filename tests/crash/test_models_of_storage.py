@@ -6,6 +6,7 @@ import errno
 import os
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,12 @@ def test_a_server_that_refuses_for_another_reason_is_asked_again() -> None:
         for name in "abc":
             storage.publish(name, b"mine")
     assert [name[-1] for name in requests] == ["a", "a", "b", "b", "c"]
+
+
+def test_the_server_answers_many_threads() -> None:
+    server = Server()
+    with server.opened() as opener, ThreadPoolExecutor(8) as threads:
+        storage = opener()
+        storage.publish("a", b"content")
+        reads = [threads.submit(storage.read_all, "a", limit_bytes=9) for _ in range(2000)]
+        assert {read.result(timeout=60) for read in reads} == {b"content"}
