@@ -23,6 +23,7 @@ from distckpt.errors import CheckpointExistsError, DistckptError
 from distckpt.manifest import Layout
 
 KINDS: dict[str, type[Contents]] = {"disk": Tree, "bucket": Objects, "s3": S3Objects}
+FEWEST_CALLS = 3  # of a restore from an object store on one rank: it lists, and reads a manifest and data
 STRIDE = 4  # a sample tries each call in one of its four combinations of layout and ranks
 
 
@@ -195,4 +196,4 @@ def test_a_failing_call_is_told_to_all_ranks_and_loses_nothing(
 def test_every_call_fails_in_every_way(kind: str, layout: Layout, world_size: int, what: str) -> None:
     num_tried = run(kind, layout, world_size, what, every=True)
     print(f"\n{what}, {kind}, {layout}, {world_size} ranks: {num_tried:,} failures of a call")
-    assert num_tried > 4 * 2 * len(ERRORS[kind])
+    assert num_tried >= FEWEST_CALLS * 2 * len(ERRORS[kind])
