@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -141,6 +141,7 @@ class Pruner:
         self._in_flight: int | None = None
         self._spared: set[int] = set()
         self._deleting: int | None = None
+        self._spares_youngest = False
 
     def start(self, storage: Storage, request: PruneRequest) -> None:
         """Prune on a thread.
@@ -149,11 +150,17 @@ class Pruner:
         """
         self._want(storage, request)
 
-    def sweep(self, storage: Storage) -> None:
+    def sweep(self, storage: Storage, *, spares_youngest: bool) -> None:
         """Delete on a thread what saves before this job have left; whoever calls owns the directory.
+
+        Args:
+            storage: The directory.
+            spares_youngest: Whether the youngest of them may still publish its manifest, for who wrote it may have
+                stood still; where requests come late it is always spared.
 
         Ranks: 0; returns at once.
         """
+        self._spares_youngest = spares_youngest
         self._want(storage, None)
 
     def _want(self, storage: Storage, request: PruneRequest | None) -> None:
@@ -247,11 +254,10 @@ class Pruner:
         """Delete what dead saves have left, but for the youngest one where its manifest may still be on its way."""
         folders = catalog.scan(storage)
         dead = [folder for folder in folders if not (folder.committed or folder.damaged or folder.pinned)]
-        times = [(file.modified, folder.step, _attempt_of(file)) for folder in dead for file in folder.files]
-        _, *youngest = max(times, default=(0.0, -1, ""))
-        spared = youngest if storage.capabilities.late_requests else None
+        spares = self._spares_youngest or storage.capabilities.late_requests
+        spared = _youngest(dead) if spares else []
         for folder in dead:
-            left = [file.name for file in folder.files if [folder.step, _attempt_of(file)] != spared]
+            left = [file.name for file in folder.files if file not in spared]
             if left:
                 self._away_from_saves(folder, partial(storage.delete, left))
         for folder in folders:
@@ -285,6 +291,21 @@ class Pruner:
                 self._deleting = None
                 self._turn.notify_all()
         return True
+
+
+def _youngest(folders: Iterable[Folder]) -> list[FileInfo]:
+    """Return the files of the attempt that was written to last, and a manifest that was about to get its name there."""
+    files = [(folder.step, file) for folder in folders for file in folder.files]
+    times = [(file.modified, step, _attempt_of(file)) for step, file in files if not _is_beside(file)]
+    _, *youngest = max(times, default=(0.0, -1, ""))
+    attempts = ([step, None if _is_beside(file) else _attempt_of(file)] for step, file in files)
+    spared = (youngest, [youngest[0], None])
+    return [file for attempt, (_, file) in zip(attempts, files, strict=True) if attempt in spared]
+
+
+def _is_beside(file: FileInfo) -> bool:
+    """Say whether a file lies beside the attempts of its folder, as a manifest does."""
+    return file.name.count("/") < 2
 
 
 def _attempt_of(file: FileInfo) -> str:

@@ -59,6 +59,8 @@ class Lease:
 
     Attributes:
         run: The run's name, told with the next renewal.
+        is_after_silence: Whether the owner before was taken for dead only because it gave no sign of life: it may have
+            stood still, and what it was about to publish may still come.
 
     Raises:
         ConfigError: The duration is out of range.
@@ -76,6 +78,7 @@ class Lease:
             problem = f"duration_s must be above 0 and at most {MOST_DURATION_S:g}, is {duration_s!r}"
             raise ConfigError(source="Lease", problem=problem)
         self.run: str | None = None
+        self.is_after_silence = False
         self._storage = storage
         self._duration_s = duration_s
         self._background = background
@@ -139,6 +142,7 @@ class Lease:
         if record is not None and self._machine.fate(record.owner) == "gone":
             return f"its owner, {named(record)}, has ended without a word"
         if watch is not None and watch.number == seen.number and now - watch.since >= self._patience_s(seen):
+            self.is_after_silence = True
             return f"its owner, {named(record)}, gave no sign of life for {now - watch.since:.1f} s"
         return None
 

@@ -184,7 +184,7 @@ class Saver:
         begins = not self._has_swept and self._tenure.is_owner
         if begins:
             self._has_swept = True
-            self._pruner.sweep(self.storage)
+            self._pruner.sweep(self.storage, spares_youngest=self._tenure.is_after_silence)
         return begins
 
     def sweep_tier(self, resumed: Manifest | None) -> None:

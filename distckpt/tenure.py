@@ -56,6 +56,11 @@ class Tenure:
         """Whether this is rank 0, and holds the lease as far as it knows."""
         return self._lease is not None and self._lease.still_held()
 
+    @property
+    def is_after_silence(self) -> bool:
+        """Whether the owner before may have stood still, as `Lease` says; whoever has no lease does not know."""
+        return self._lease is None or self._lease.is_after_silence
+
     def begin(self, storage: Storage, ranks: Ranks) -> bool:
         """Take the directory, unless this job has it; where no lease can be written, warn and go on.
 

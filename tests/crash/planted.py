@@ -233,6 +233,11 @@ def lease_not_checked_before_deletions(patch: Patch) -> None:
     patch.setattr(background.Pruner, "__init__", begin)
 
 
+@planted(("both-start", "disk", "stands, 92 126 130 -1, 301"))
+def swept_although_its_owner_may_only_stand_still(patch: Patch) -> None:
+    patch.setattr(Tenure, "is_after_silence", False)
+
+
 @planted(("both-save", "disk"), ("both-start", "s3"))
 def living_owner_taken_for_dead_at_once(patch: Patch) -> None:
     patch.setattr(Lease, "_patience_s", lambda *_: 0.0)
@@ -263,7 +268,7 @@ def two_may_take_one_number(patch: Patch) -> None:
     patch.setattr(Lease, "_claim", claim)
 
 
-@planted(("both-clean-up", "disk", "stands, 190 -1, 0"), ("both-clean-up", "s3", "stands, 31 -1, 0"))
+@planted(("both-clean-up", "disk", "stands, 205 -1, 0"), ("both-clean-up", "s3", "stands, 32 -1, 0"))
 def put_aside_whatever_is_there(patch: Patch) -> None:
     real = catalog.quarantine
 

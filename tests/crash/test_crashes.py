@@ -23,6 +23,14 @@ from distckpt.manifest import Layout
 SEED = 20_000
 NAMES = [scenario.name for scenario in scenarios()]
 PAIRS = list(writers.rivals())
+FAILED_BEFORE = [
+    ("both-clean-up", "s3", "stands, 14 -1, 1000000000"),
+    ("both-clean-up", "s3", "stands, 30 -1, 1000000000"),
+    ("both-clean-up", "disk", "stands, 433 143, 270"),
+    ("both-start", "disk", "stands, 92 126 130 -1, 301"),
+    ("both-start", "disk", "stands, 100 76, 454"),
+    ("both-start", "disk", "stands, 99 104 142, 388"),
+]
 LIMITED = {("both-clean-up", "bucket")}  # a deletion there knows no condition: see `test_limits.py`
 
 
@@ -77,6 +85,12 @@ def test_no_reader_ever_sees_an_owner_at_work(model: str, heal: bool) -> None:
 def test_of_two_writers_one_has_the_directory_and_the_other_is_told_who(name: str, place: str) -> None:
     with silenced():
         assert writers.run(name, place, seed=SEED, sample=8) == 8
+
+
+@pytest.mark.parametrize(("name", "place", "order"), FAILED_BEFORE)
+def test_an_order_of_two_writers_that_lost_something_before_loses_nothing(name: str, place: str, order: str) -> None:
+    with silenced():
+        assert writers.run(name, place, seed=SEED, only=[writers.Order.of(order)]) == 1
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ import torch
 
 import distckpt
 from distckpt.errors import DirectoryBusyError
-from distckpt.leasefiles import standing
+from distckpt.leasefiles import Record, file_name, look, standing
+from distckpt.owner import Owner
 from distckpt.storage import Capabilities, CountingStorage, open_storage
 
 ROOT = Path(__file__).parents[2]
@@ -91,10 +92,19 @@ class LateStorage(CountingStorage):
         return replace(super().capabilities, late_requests=True)
 
 
-@pytest.mark.parametrize("late", [False, True])
+def leave_the_lease_of_another_machine(directory: Path) -> None:
+    storage = open_storage(directory)
+    seen = look(storage)
+    owner = Owner(host="elsewhere", pid=1)
+    record = Record(job="0" * 16, owner=owner, acquired=1.0, renewed=1.0, duration_s=0.2)
+    storage.publish(file_name(seen.number + 1), record.to_bytes())
+
+
+@pytest.mark.parametrize("why", [None, "requests come late", "its owner may stand still"])
 def test_what_killed_saves_have_left_is_deleted_at_the_start_but_for_one_that_may_still_come(
-    tmp_path: Path, late: bool
+    tmp_path: Path, why: str | None
 ) -> None:
+    late = why is not None
     with distckpt.CheckpointManager(tmp_path, every=1) as ckpt:
         list(ckpt.steps(state(), until=2))
     for number, (step, attempt) in enumerate([(2, "a" * 16), (3, "b" * 16), (3, "c" * 16), (4, "d" * 16)]):
@@ -103,8 +113,10 @@ def test_what_killed_saves_have_left_is_deleted_at_the_start_but_for_one_that_ma
         left.write_bytes(b"left")
         os.utime(left, (1000.0, 1000.0 + (number if step != 4 else 0)))
     with distckpt.CheckpointManager(tmp_path, every=1) as ckpt:
-        if late:
+        if why == "requests come late":
             ckpt._saver.storage = LateStorage(ckpt._saver.storage)
+        elif why == "its owner may stand still":
+            leave_the_lease_of_another_machine(tmp_path)
         assert ckpt.restore(state()) == 2
         ckpt.wait()
         left_over = [path.parent.name for path in tmp_path.glob("step-*/*/*.safetensors")]
