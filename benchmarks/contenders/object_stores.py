@@ -267,9 +267,11 @@ def dcp_mover(place: Place) -> Mover:
     """DCP's FsspecWriter and FsspecReader over s3fs: a checkpoint with a tensor for each object."""
     import torch
     import torch.distributed.checkpoint as dcp
+    from s3fs import S3FileSystem
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
     os.environ["AWS_ENDPOINT_URL"] = place.endpoint
+    S3FileSystem.clear_instance_cache()  # else DCP goes on with the one of the table before, past this link
     url = f"s3://{place.bucket}/dcp"
 
     def state(objects: Mapping[str, memoryview]) -> dict[str, Any]:
