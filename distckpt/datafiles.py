@@ -27,8 +27,8 @@ from distckpt.storage import OpenFile, Readable, StepwiseStorage, Storage, read_
 SEGMENT_BYTES = 4 << 20
 # Of hashing and then looking.
 STEP_BYTES = 512 << 10
-# Pieces that each reader has of what is seen, at the least: else one has nothing to do while the last piece is done.
-_MANY = 4
+# That each reader has of what is seen: else one has nothing to do while the other does the last.
+_LEAST_PIECES = 4
 
 
 def segment_sizes(header_bytes: int, num_bytes: int) -> list[int]:
@@ -205,7 +205,7 @@ class Reader:
     def _most(self, index: int, total: int) -> int:
         """Return how much of a file to bring at once, if `total` bytes are to be brought of all files."""
         promises = self._source(index).capabilities
-        return max(promises.read_bytes, min(promises.seen_bytes, total // (_MANY * promises.num_readers)))
+        return max(promises.read_bytes, min(promises.seen_bytes, total // (_LEAST_PIECES * promises.num_readers)))
 
     def _tasks(self, index: int, ordered: Sequence[Range], most: int) -> Iterator[Task]:
         """Yield the tasks that fill ranges, which are in order."""
