@@ -7,11 +7,10 @@ in flight at any time since it looked at the directory.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +20,7 @@ from distckpt.errors import StorageError
 from distckpt.events import Callback, Pruned
 from distckpt.retention import Retention, decide
 from distckpt.storage import FileInfo, KeepsUploads, Storage
+from distckpt.threads import KeptThreads
 
 logger = logging.getLogger("distckpt")
 
@@ -32,8 +32,7 @@ class Writing:
     """
 
     def __init__(self) -> None:
-        self._threads: ThreadPoolExecutor | None = None
-        self._process = os.getpid()
+        self._threads = KeptThreads(1, "distckpt-write")
         self._work: Future[None] | None = None
         self._failure: BaseException | None = None
 
@@ -51,10 +50,7 @@ class Writing:
 
         Ranks: any; returns at once.
         """
-        if self._threads is None or self._process != os.getpid():  # a fork has no threads
-            self._threads = ThreadPoolExecutor(1, thread_name_prefix="distckpt-write")
-            self._process = os.getpid()
-        self._work = self._threads.submit(self._work_quietly, work, tell)
+        self._work = self._threads.pool.submit(self._work_quietly, work, tell)
 
     def join(self) -> None:
         """Return once no save is in flight; a failure is kept.
@@ -70,9 +66,7 @@ class Writing:
 
         Ranks: any.
         """
-        if self._threads is not None:
-            self._threads.shutdown(wait=False)
-            self._threads = None
+        self._threads.close()
 
     def wait(self) -> None:
         """Return once no save is in flight.

@@ -130,8 +130,13 @@ class _Committing:
         begun = time.monotonic()
         check = _finite_check(save)
         look = _looking(self._also, None if check is None else check.look)
-        folder = save.request.folder
-        self._share = write_share(self._storage, folder, save.attempt, rank=rank, staged=save.staged, look=look)
+        self._share = write_share(
+            *(self._storage, save.request.folder, save.attempt),
+            rank=rank,
+            staged=save.staged,
+            look=look,
+            hasher=save.workspace.hasher,
+        )
         timings = [round(save.stage_s, 4), round(time.monotonic() - begun, 4)]
         seen: dict[str, Json] = {"bad": bad} if check is not None and (bad := check.found()) else {}
         if save.sampled is not None:

@@ -21,6 +21,7 @@ from distckpt.manifest import DataFile, Segment
 from distckpt.memorytier import KeptFiles
 from distckpt.readtasks import Range, Scratch, Task, copy_part, cut, split, tiling
 from distckpt.storage import OpenFile, Readable, StepwiseStorage, Storage, read_scattered
+from distckpt.threads import KeptThreads, call_off
 
 # Large enough that a read is efficient and digests are few, small enough that reading a part of a tensor reads little
 # more, and that a segment is still in the processor's cache when it is hashed after it was read.
@@ -46,6 +47,7 @@ def write(
     parts: Iterable[memoryview],
     num_bytes: int,
     look: Callable[[int, memoryview], None] | None = None,
+    hasher: KeptThreads | None = None,
 ) -> DataFile:
     """Write a data file, durable when this returns but for its directory entry.
 
@@ -57,23 +59,35 @@ def write(
         parts: The file's segments, in order; each is hashed while it is written.
         num_bytes: The size of all parts.
         look: Is called with each piece of the file and where it begins, in order, on the thread that hashes.
+        hasher: The one thread that hashes; by default, one for this file.
 
     Raises:
         StorageError: It could not be written; nothing of that name is left.
     """
     hashed: list[tuple[int, Future[str]]] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="distckpt-digest") as hasher:
+    threads = new_hasher() if hasher is None else hasher
+    pool = threads.pool
 
-        def passing() -> Iterator[memoryview]:
-            begin = 0
-            for part in parts:
-                hashed.append((len(part), hasher.submit(_digested, part, begin, look)))
-                begin += len(part)
-                yield part
+    def passing() -> Iterator[memoryview]:
+        begin = 0
+        for part in parts:
+            yield part  # to the storage first, whose disk writes it while it is hashed
+            hashed.append((len(part), pool.submit(_digested, part, begin, look)))
+            begin += len(part)
 
+    try:
         storage.put(names.join(folder, name), passing(), num_bytes=num_bytes)
         segments = tuple(Segment(num_bytes=size, digest=found.result()) for size, found in hashed)
+    finally:
+        call_off(found for _, found in hashed)
+        if hasher is None:
+            threads.close()
     return DataFile(name=name, rank=rank, num_bytes=num_bytes, segments=segments)
+
+
+def new_hasher() -> KeptThreads:
+    """Return a thread for `write`, to be kept from file to file."""
+    return KeptThreads(1, "distckpt-digest")
 
 
 def _digested(part: memoryview, begin: int, look: Callable[[int, memoryview], None] | None) -> str:

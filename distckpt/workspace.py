@@ -13,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from distckpt.allotment import Allotment, SpreadItem, allot, own_blocks_of
+from distckpt.datafiles import new_hasher
 from distckpt.errors import UsageError
 from distckpt.fileplan import FilePlan
 from distckpt.plan import Block
@@ -125,6 +126,7 @@ class Workspace:
         staging: The host memory.
         told: What rank 0 knows of the other ranks' shares.
         draft: On rank 0, what is kept of the manifest.
+        hasher: The thread that digests what is written.
     """
 
     def __init__(self) -> None:
@@ -132,6 +134,7 @@ class Workspace:
         self.staging = Staging()
         self.told = Told()
         self.draft = Draft()
+        self.hasher = new_hasher()
         self._made_for: list[Any] = []
         self._share: Share | None = None
 

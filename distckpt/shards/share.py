@@ -12,6 +12,7 @@ from distckpt.manifest import DataFile, Segment
 from distckpt.plan import Block
 from distckpt.staging import Staged
 from distckpt.storage import Storage
+from distckpt.threads import KeptThreads
 from distckpt.values import Json
 
 
@@ -74,6 +75,7 @@ def write_share(
     rank: int,
     staged: Staged | None,
     look: Callable[[int, memoryview], None] | None = None,
+    hasher: KeptThreads | None = None,
 ) -> RankShare:
     """Write a rank's share to its data file, and return what was written; durable when this returns.
 
@@ -84,6 +86,7 @@ def write_share(
         rank: This rank.
         staged: What to write; None if this rank writes nothing.
         look: Is called with each piece of the file and where it begins, in order.
+        hasher: As `datafiles.write` takes it.
 
     Raises:
         StorageError: It could not be written; the file is not there.
@@ -94,6 +97,13 @@ def write_share(
         return RankShare(file=None, blocks=(), offsets=())
     plan = staged.plan
     name = names.rank_file(attempt, rank)
-    file = datafiles.write(storage, folder, name, rank=rank, parts=staged.parts(), num_bytes=plan.num_bytes, look=look)
+    file = datafiles.write(
+        *(storage, folder, name),
+        rank=rank,
+        parts=staged.parts(),
+        num_bytes=plan.num_bytes,
+        look=look,
+        hasher=hasher,
+    )
     storage.sync([names.join(folder, name)])
     return RankShare(file=file, blocks=plan.blocks, offsets=plan.offsets)

@@ -14,12 +14,13 @@ import secrets
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from distckpt.errors import StorageError
 from distckpt.names import checked, join, parse_step
-from distckpt.storage import direct
 from distckpt.storage.contract import Begun, Buffer, Capabilities, FileInfo, holds, is_plain
+from distckpt.storage.direct import DirectWriter
 from distckpt.storage.exclusive import name_exclusively
 from distckpt.storage.failures import local_error, telling
 from distckpt.storage.mapping import SEEN_BYTES, LocalFile
@@ -48,7 +49,7 @@ class LocalStorage:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).absolute()
         self._is_exclusive = True
-        self._goes_direct: bool | None = None  # not probed yet
+        self._direct = DirectWriter(str(self.root))
         # Above the root, too, folders that were made are only durable once their parents are synced. The two counts
         # differ while that is due; in this order of counting and syncing no lock is needed.
         self._num_roots_made = 1
@@ -310,30 +311,17 @@ class LocalStorage:
 
     def _write(self, fd: int, chunks: Iterable[Buffer], path: str, *, num_bytes: int | None) -> int:
         """Write chunks in the way that suits the file's size and the disk; return their size."""
-        if not self._writes_directly(num_bytes or 0):
+        if not self._direct.suits(num_bytes or 0, partial(self._open_root, create=True)):
             return write_all(fd, chunks, path, num_bytes=num_bytes)
         num_written = 0
         try:
-            for num_written in direct.write(fd, chunks):  # noqa: B007  the last one counts
+            for num_written in self._direct.write(fd, chunks):  # noqa: B007  the last one counts
                 pass
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
             raise local_error(error, action="write", path=path, num_written=num_written, num_bytes=num_bytes) from error
         return num_written
-
-    def _writes_directly(self, num_bytes: int) -> bool:
-        """Say whether a file of this size goes past the page cache; the first time, try it out."""
-        if num_bytes < direct.LEAST_BYTES:
-            return False
-        if self._goes_direct is None:
-            root_fd = self._open_root(create=True)
-            try:
-                self._goes_direct = direct.is_worth_it(root_fd)
-            finally:
-                os.close(root_fd)
-            logger.debug("%s: writes go %s the page cache", self.root, "past" if self._goes_direct else "through")
-        return self._goes_direct
 
     def _discard(self, name: str) -> None:
         """Remove a file that this storage has written; it may be gone, or out of reach."""

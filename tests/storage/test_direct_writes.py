@@ -22,7 +22,7 @@ def aligned(num_bytes: int) -> memoryview:
 def written(path: Path, chunks: list[memoryview]) -> bytes:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        *_, total = direct.write(fd, chunks)
+        *_, total = direct.DirectWriter("").write(fd, chunks)
         assert not direct.is_direct(fd)
     finally:
         os.close(fd)
@@ -44,6 +44,48 @@ def test_memory_that_is_not_aligned_is_written_too(tmp_path: Path):
     memory = aligned(64 << 10)
     chunks = [memory[:8192], memory[8193 : 8193 + 8192], memory[16384:32768]]
     assert written(tmp_path / "file", chunks) == b"".join(chunks)
+
+
+def test_many_chunks_take_few_calls_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, sizes = os.pwritev, []
+
+    def counted(fd: int, views: list[memoryview], offset: int) -> int:
+        sizes.append(sum(map(len, views)))
+        return real(fd, views, offset)
+
+    monkeypatch.setattr(os, "pwritev", counted)
+    memory = aligned(100 << 20)
+    chunks = [memory[begin : begin + (1 << 20)] for begin in range(0, len(memory), 1 << 20)]
+    assert written(tmp_path / "file", chunks) == bytes(memory)
+    assert sum(sizes) == len(memory)
+    assert len(sizes) <= 9
+    assert max(sizes) == direct.WRITE_BYTES
+
+
+def test_a_call_that_takes_less_than_it_was_given_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = os.pwritev
+
+    def short(fd: int, views: list[memoryview], offset: int) -> int:
+        return real(fd, [views[0][: max(4096, len(views[0]) // 2 // 4096 * 4096)]], offset)
+
+    monkeypatch.setattr(os, "pwritev", short)
+    memory = aligned(20 << 20)
+    chunks = [memory[begin : begin + (1 << 20)] for begin in range(0, len(memory), 1 << 20)]
+    assert written(tmp_path / "file", chunks) == bytes(memory)
+
+
+def test_a_write_that_fails_on_a_thread_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = os.pwritev
+
+    def failing(fd: int, views: list[memoryview], offset: int) -> int:
+        if offset == direct.FIRST_BYTES:
+            raise OSError(5, "Input/output error")
+        return real(fd, views, offset)
+
+    monkeypatch.setattr(os, "pwritev", failing)
+    memory = aligned(64 << 20)
+    with pytest.raises(OSError, match="Input/output error"):
+        written(tmp_path / "file", [memory[begin : begin + (4 << 20)] for begin in range(0, len(memory), 4 << 20)])
 
 
 def test_the_probe_leaves_nothing_behind_and_answers(tmp_path: Path):
@@ -79,10 +121,10 @@ def test_chunks_that_fail_leave_no_file(going_direct: LocalStorage):
 
 
 def test_a_full_disk_says_so(going_direct: LocalStorage, monkeypatch: pytest.MonkeyPatch):
-    def full(_fd: int, _data: memoryview, _offset: int) -> int:
+    def full(_fd: int, _data: list[memoryview], _offset: int) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(StorageError, match="No space left"):
         going_direct.put("a/file", [aligned(8192)], num_bytes=8192)
     assert going_direct.list() == []
@@ -91,15 +133,15 @@ def test_a_full_disk_says_so(going_direct: LocalStorage, monkeypatch: pytest.Mon
 def test_a_file_system_that_refuses_at_the_write_is_written_through_the_cache(
     going_direct: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ):
-    real, refused = os.pwrite, []
+    real, refused = os.pwritev, []
 
-    def refusing(fd: int, data: memoryview, offset: int) -> int:
+    def refusing(fd: int, data: list[memoryview], offset: int) -> int:
         if direct.is_direct(fd):
             refused.append(offset)
             raise OSError(22, "Invalid argument")
         return real(fd, data, offset)
 
-    monkeypatch.setattr(os, "pwrite", refusing)
+    monkeypatch.setattr(os, "pwritev", refusing)
     chunks = [aligned(8192), aligned(4096)]
     going_direct.put("a/file", chunks, num_bytes=12288)
     assert refused
