@@ -42,7 +42,8 @@ class Part:
         slot: The object, and where it stands in the state.
         content: The decoded value, with a `Reference` for each tensor.
         whole: Whether it is all of the object; else some of a module's entries are left as they are.
-        is_row: Whether the object is a dict of `Match.targets` and nothing else: once they are filled, it is loaded.
+        is_row: Whether the object, a dict or a module, is made of `Match.targets` and nothing else: once they are
+            filled, it is loaded.
     """
 
     slot: Slot
@@ -231,7 +232,7 @@ def _match_module(slot: Slot, content: Any, manifest: Manifest, selection: Selec
         result.problems.append(f"{slot.key}: the checkpoint holds a {type(content).__name__}, the state a module")
         return
     expected, _, in_place = module_state(module)
-    everything = selection.is_all
+    everything, is_row = selection.is_all, in_place
     chosen: dict[str, Any] = {}
     for name, target in expected.items():
         full = f"{slot.key}.{name}"
@@ -246,16 +247,21 @@ def _match_module(slot: Slot, content: Any, manifest: Manifest, selection: Selec
             fits = _compare(full, target, manifest.tensors[stored.name], result)
             _remember(stored, target, result)
             if fits and in_place and _is_plain(target):
-                result.targets.setdefault(stored.name, target)
+                is_row = result.targets.setdefault(stored.name, target) is target and is_row
+            else:
+                is_row = False
         elif isinstance(target, torch.Tensor) or isinstance(stored, Reference):
             result.problems.append(f"{full}: a tensor on one side, a value on the other")
+        else:
+            is_row = False
     for name in content.keys() - expected.keys():
         full, stored = f"{slot.key}.{name}", content[name]
         if selection.takes(full):
             entry = manifest.tensors[stored.name] if isinstance(stored, Reference) else None
             result.problems.append(f"not in the state: {full}{_stored_facts(entry)}")
     if chosen or not expected:
-        result.parts.append(Part(slot=slot, content=chosen, whole=len(chosen) == len(expected)))
+        whole = len(chosen) == len(expected)
+        result.parts.append(Part(slot=slot, content=chosen, whole=whole, is_row=is_row and whole))
 
 
 def _match_optimizer(slot: Slot, content: Any, manifest: Manifest, result: Match) -> None:
