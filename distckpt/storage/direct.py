@@ -25,7 +25,7 @@ from distckpt.threads import KeptThreads, call_off
 BLOCK_BYTES = 4096  # addresses, offsets and lengths are multiples of it; disks ask for 512 or 4096
 LEAST_BYTES = 32 << 20  # below, a file is durable so soon that nothing is gained
 NUM_WRITERS = 2
-MOST_PENDING = 2  # writes handed to the threads and not yet done
+MOST_PENDING = 4  # writes handed to the threads and not yet done
 # Of one call: each time that a thread is woken, the training's threads are stopped. The first are smaller.
 # Source: a save of 307 MB cost training 15 ms in calls of 4 MiB, 11 in calls of 16 MiB.
 FIRST_BYTES = 4 << 20
