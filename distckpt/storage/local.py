@@ -315,7 +315,7 @@ class LocalStorage:
             return write_all(fd, chunks, path, num_bytes=num_bytes)
         num_written = 0
         try:
-            for num_written in self._direct.write(fd, chunks):  # noqa: B007  the last one counts
+            for num_written in self._direct.write(fd, chunks, num_bytes=num_bytes or 0):  # noqa: B007  the last counts
                 pass
         except OSError as error:
             if isinstance(error, StorageError):

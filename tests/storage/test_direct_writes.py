@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def aligned(num_bytes: int) -> memoryview:
 def written(path: Path, chunks: list[memoryview]) -> bytes:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        *_, total = direct.DirectWriter("").write(fd, chunks)
+        *_, total = direct.DirectWriter("").write(fd, chunks, num_bytes=sum(map(len, chunks)))
         assert not direct.is_direct(fd)
     finally:
         os.close(fd)
@@ -54,12 +55,43 @@ def test_many_chunks_take_few_calls_of_the_system(tmp_path: Path, monkeypatch: p
         return real(fd, views, offset)
 
     monkeypatch.setattr(os, "pwritev", counted)
-    memory = aligned(100 << 20)
+    memory = aligned(200 << 20)
     chunks = [memory[begin : begin + (1 << 20)] for begin in range(0, len(memory), 1 << 20)]
     assert written(tmp_path / "file", chunks) == bytes(memory)
     assert sum(sizes) == len(memory)
-    assert len(sizes) <= 9
+    assert len(sizes) <= 24
+    assert sizes[-1] <= direct.LEAST_WRITE_BYTES
     assert max(sizes) == direct.WRITE_BYTES
+
+
+@pytest.mark.parametrize("is_one_memory", [True, False])
+def test_only_memory_that_is_there_anyway_waits_without_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_one_memory: bool
+):
+    real, num_taken, num_written, most_waiting = os.pwritev, 0, 0, 0
+    piece_bytes, num_pieces = 4 << 20, 60
+    whole = aligned(piece_bytes * num_pieces) if is_one_memory else None
+
+    def slow(fd: int, views: list[memoryview], offset: int) -> int:
+        nonlocal num_written
+        time.sleep(0.02)
+        count = real(fd, views, offset)
+        num_written += count
+        return count
+
+    def pieces() -> Iterator[memoryview]:
+        nonlocal num_taken, most_waiting
+        for begin in range(0, piece_bytes * num_pieces, piece_bytes):
+            yield aligned(piece_bytes) if whole is None else whole[begin : begin + piece_bytes]
+            num_taken += piece_bytes
+            most_waiting = max(most_waiting, num_taken - num_written)
+
+    monkeypatch.setattr(os, "pwritev", slow)
+    with (tmp_path / "file").open("wb") as file:
+        list(direct.DirectWriter("").write(file.fileno(), pieces(), num_bytes=piece_bytes * num_pieces))
+    limit = (direct.MOST_PENDING + 1) * direct.WRITE_BYTES
+    assert num_written == piece_bytes * num_pieces
+    assert most_waiting > limit if is_one_memory else most_waiting <= limit
 
 
 def test_a_call_that_takes_less_than_it_was_given_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -78,7 +110,7 @@ def test_a_write_that_fails_on_a_thread_is_told(tmp_path: Path, monkeypatch: pyt
     real = os.pwritev
 
     def failing(fd: int, views: list[memoryview], offset: int) -> int:
-        if offset == direct.FIRST_BYTES:
+        if offset == direct.LEAST_WRITE_BYTES:
             raise OSError(5, "Input/output error")
         return real(fd, views, offset)
 
