@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from distckpt import fileplan, names
+from distckpt import fileplan, names, written
 from distckpt.allotment import Allotment, SpreadItem, allot, own_blocks_of
 from distckpt.catalog import read_manifest
 from distckpt.checksum import digest
@@ -41,6 +41,7 @@ from distckpt.storage.wrappers import CountingStorage
 from distckpt.tensors import DTYPE_NAMES, spread_of
 from distckpt.values import Json
 from distckpt.workspace import Workspace
+from distckpt.written import Said
 
 # Rank 0 writes; all write; each tensor is cut over all ranks, over one row of a mesh, over both its dimensions.
 Kind = Literal["full", "replicated", "sharded", "hsdp", "fsdp x tp"]
@@ -80,8 +81,8 @@ class SimulatedRanks(Ranks):
         said = work()
         self.said.append(said)
         if self.rank:
-            if isinstance(said, dict):  # its tensors, or its report
-                return {"has_parted": False}
+            if isinstance(said, dict) or _is_report(said):  # its tensors, or what it has written
+                return {}
             (_, *described), room = said
             self._described = described[0] if described else self._described
             return decide([[self._described, room]])
@@ -116,6 +117,11 @@ class Facts:
     file_table_bytes: int = 0
     tensor_table_bytes: int = 0
     requests: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def _is_report(message: Json) -> bool:
+    """Say whether a message tells what a rank has written."""
+    return isinstance(message, list) and isinstance(message[-1], str)  # its last words are those on a sample
 
 
 def mesh_sizes(kind: Kind, world_size: int) -> tuple[int, ...]:
@@ -284,7 +290,7 @@ class Crowd:
 
     def saying(self, message: Json, *, is_first: bool) -> Iterator[str]:
         """Yield what each rank but the first says where the example says `message`."""
-        if isinstance(message, dict) and "timings" in message:
+        if _is_report(message):
             for rank in range(1, self.world_size):
                 yield self._report(rank, message, is_first=is_first)
             return
@@ -304,21 +310,23 @@ class Crowd:
         return text if example == rank else text.replace(names.of_rank(example, ""), names.of_rank(rank, ""))
 
     def _report_of(self, rank: int, plan: FilePlan, message: Json, *, is_first: bool) -> Json:
-        allotted = "" if self._allotment is None else self._allotment.fingerprint
-        fact = {**message, "share": None, "blocks": [digest((plan.fingerprint + allotted).encode())[:16]]}
+        allotted = written.fingerprint(self._allotment)
+        said = Said(*message)
+        digests, sizes = "", None
         if plan.blocks:
-            sizes = segment_sizes(len(plan.header), plan.num_bytes)
-            segments = tuple(Segment(num_bytes=size, digest="0" * 32) for size in sizes)
+            lengths = segment_sizes(len(plan.header), plan.num_bytes)
+            segments = tuple(Segment(num_bytes=size, digest="0" * 32) for size in lengths)
             file = DataFile(name="-", rank=rank, num_bytes=plan.num_bytes, segments=segments)
-            fact["share"] = RankShare(file=file, blocks=plan.blocks, offsets=plan.offsets).to_json()
+            share = RankShare(file=file, blocks=plan.blocks, offsets=plan.offsets)
+            digests, sizes = share.digests(), share.sizes()
+        packed = said.share[:1]
         if is_first:
-            fact["blocks"].append([allotted, fileplan.to_json(plan.rest, plan.offsets[plan.num_spread :])])
-        own = {o.key: o.for_rank(rank) for o in self._objects if o.per_rank}
-        fact["trees"] = {
-            key: [names.of_rank(rank, key)[:16], *([own[key].tree] if values else [])]
-            for key, (_, *values) in message["trees"].items()
-        }
-        return fact
+            rest = [allotted, fileplan.to_json(plan.rest, plan.offsets[plan.num_spread :])]
+            blocks = [digest((plan.fingerprint + allotted).encode())[:16], rest]
+            own = {o.key: o.for_rank(rank) for o in self._objects if o.per_rank}
+            trees = {key: [names.of_rank(rank, key)[:16], own[key].tree] for key in own}
+            packed = [*packed, [sizes, blocks, trees]]
+        return said._replace(digests=digests, share=packed).packed()
 
     def _alike(self, rank: int) -> Any:
         """Return what two ranks have in common whose files have blocks of the same sizes, and headers as long."""

@@ -11,12 +11,10 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
-from distckpt import catalog, fileplan, names
+from distckpt import catalog, fileplan, names, written
 from distckpt.allotment import Allotment
-from distckpt.checksum import digest
 from distckpt.errors import DistckptError, RankFailedError, StorageError
 from distckpt.garbage import kept_off
 from distckpt.inspection import FiniteCheck
@@ -24,10 +22,10 @@ from distckpt.manifest import Manifest, ObjectEntry, check_references, objects_t
 from distckpt.preparation import PreparedSave
 from distckpt.ranks import Ranks
 from distckpt.shards import Header, RankShare, assemble, publish, write_share
-from distckpt.state import FlatObject
 from distckpt.storage import Storage
 from distckpt.storage.failures import is_full
 from distckpt.values import Json
+from distckpt.written import Said, Written
 
 _TIMINGS = ("stage_s", "write_s")
 
@@ -82,9 +80,10 @@ def commit(
         verdict = ranks.agree(action, committing.write, committing.finish, explain=explain)
         if verdict.get("is_apart"):
             verdict = ranks.agree(action, committing.tell, committing.finish_told, explain=explain)
-        if verdict["has_parted"]:
+        if verdict.get("has_parted"):
             _tell_divergence(save, ranks)
     except BaseException as error:
+        save.workspace.told.unsettle()
         if ranks.rank == 0:
             _abandon(save, storage, error, tried=committing.has_tried)
         raise
@@ -119,8 +118,9 @@ class _Committing:
         self._confirm = confirm
         self._also = also
         self._share = RankShare(file=None, blocks=(), offsets=())
-        self._reports: list[Json] = []
-        self._has_parted = False
+        self._reports: list[Written] = []
+        self._timings: dict[str, float] = {}
+        self._verdict: dict[str, Json] = {}  # what is not as usual
 
     def write(self) -> Json:
         """Write this rank's share, and return what rank 0 has to know of it."""
@@ -138,28 +138,29 @@ class _Committing:
             hasher=save.workspace.hasher,
         )
         timings = [round(save.stage_s, 4), round(time.monotonic() - begun, 4)]
-        seen: dict[str, Json] = {"bad": bad} if check is not None and (bad := check.found()) else {}
-        if save.sampled is not None:
-            seen["sample"] = save.sampled.digest()[:16]
         # Rank 0 has no need to send its own to itself.
-        return {**(_report(save, self._share) if rank else {}), **seen, "timings": timings}
+        digests, share = written.told(save, self._share) if rank else ("", None)
+        sample = "" if save.sampled is None else save.sampled.digest()[:16]
+        return Said(timings, digests, share, sample, () if check is None else check.found()).packed()
 
     @kept_off()
     def finish(self, facts: list[Json]) -> Json:
         """Rank 0: publish, unless something is wrong, or the ranks do not know what all of them write."""
-        inspection = self._save.request.inspection
-        self._has_parted = len({fact.get("sample") for fact in facts}) > 1
+        inspection, known, allotment = self._save.request.inspection, self._save.workspace.told, self._save.allotment
+        said = [Said(*fact) for fact in facts]
+        if len({each.sample for each in said}) > 1:
+            self._verdict["has_parted"] = True
         if inspection is not None:
-            inspection.judge_finite(self._save.request.step, [fact.get("bad", []) for fact in facts])
-            if self._has_parted and inspection.replicas == "error":
-                return {"has_parted": True}
-        told, allotment = self._save.workspace.told, self._save.allotment
-        pieces = [told.unpacked(rank, "blocks", fact["blocks"], _pieces) for rank, fact in enumerate(facts) if rank]
-        self._reports = facts
-        if any(fingerprint != _fingerprint(allotment) for fingerprint, _ in pieces):
-            return {"has_parted": self._has_parted, "is_apart": True}
-        own = _without_allotted(self._share, self._save)
-        return self._publish(own, [blocks for _, blocks in pieces], allotment)
+            inspection.judge_finite(self._save.request.step, [each.bad for each in said])
+            if self._verdict and inspection.replicas == "error":
+                return self._verdict
+        self._reports = [Written.of(each, known, rank) for rank, each in enumerate(said) if rank]
+        slowest = map(max, zip(*(each.timings for each in said), strict=True))
+        self._timings = dict(zip(_TIMINGS, slowest, strict=True))
+        if any(report.allotted != written.fingerprint(allotment) for report in self._reports):
+            return {**self._verdict, "is_apart": True}
+        own = written.beyond_allotment(self._share, self._save)
+        return self._publish(own, [report.blocks for report in self._reports], allotment)
 
     def tell(self) -> Json:
         """Return all that this rank has written."""
@@ -176,14 +177,16 @@ class _Committing:
 
     def _publish(self, own: RankShare, pieces: Sequence[Json], allotment: Allotment | None) -> Json:
         save = self._save
-        manifest = _assembled(save, own, self._reports, pieces, allotment)
+        others = (report.share(blocks, save.attempt) for report, blocks in zip(self._reports, pieces, strict=True))
+        header = _header(save, [report.trees for report in self._reports], self._timings)
+        manifest = assemble(header, [own, *others], save.workspace.draft, allotment)
         texts = {"tensors": save.workspace.draft.text, "objects": _objects_text(save, manifest)}
         self._insist()
         self.has_tried = True
         num_bytes = publish(self._storage, save.request.folder, manifest, texts=texts)
         self._confirm()
         self.published = Committed(manifest=manifest, num_bytes=num_bytes)
-        return {"has_parted": self._has_parted}
+        return self._verdict
 
     def explain(self) -> None:
         """Rank 0: say that another job has the directory, if that is why something has failed."""
@@ -217,41 +220,6 @@ def _is_committed(storage: Storage, folder: str) -> bool:
     return any(file.name == names.join(folder, names.MANIFEST) for file in storage.list(folder))
 
 
-def _assembled(
-    save: PreparedSave, own: RankShare, facts: list[Json], pieces: Sequence[Json], allotment: Allotment | None
-) -> Manifest:
-    """Rank 0: return the manifest of its own share and of those that the others have reported.
-
-    Raises:
-        RankFailedError: The shares together do not cover a tensor exactly once; nothing may be committed.
-    """
-    told = save.workspace.told
-    shares, trees = [own], [{o.key: o.tree for o in save.objects if o.per_rank}]
-    for rank, (fact, blocks) in enumerate(zip(facts[1:], pieces, strict=True), start=1):
-        shares.append(RankShare.from_json(fact["share"], blocks, rank=rank, attempt=save.attempt))
-        trees.append({key: told.unpacked(rank, key, tree) for key, tree in fact["trees"].items()})
-    return assemble(_header(save, facts, trees), shares, save.workspace.draft, allotment)
-
-
-def _fingerprint(allotment: Allotment | None) -> str:
-    """Return what two ranks have in common that know of each other what they write."""
-    return "" if allotment is None else allotment.fingerprint
-
-
-def _pieces(body: Json) -> tuple[str, Json]:
-    """Return the fingerprint of the allotment that a rank goes by, and what it writes beyond it."""
-    fingerprint, blocks = body
-    return fingerprint, fileplan.from_json(blocks)
-
-
-def _without_allotted(share: RankShare, save: PreparedSave) -> RankShare:
-    """Return a share without the blocks that the allotment tells of; the same ones as long as the plan is the same."""
-    if save.allotment is None or save.staged is None:
-        return share
-    plan = save.staged.plan
-    return replace(share, blocks=plan.rest, offsets=plan.offsets[plan.num_spread :])
-
-
 def _finite_check(save: PreparedSave) -> FiniteCheck | None:
     """Return a check of this rank's share, for while it is written, if that is wanted."""
     inspection = save.request.inspection
@@ -271,28 +239,6 @@ def _tell_divergence(save: PreparedSave, ranks: Ranks) -> None:
 
     with contextlib.suppress(DistckptError) if inspection.replicas == "warn" else contextlib.nullcontext():
         ranks.agree(f"comparison of the ranks at step {save.request.step}", sampled.digests, judge)
-
-
-def _report(save: PreparedSave, share: RankShare) -> Json:
-    """Return what rank 0 has to know of this rank's share; what it knows from the save before only by its digest."""
-    told, allotted = save.workspace.told, _fingerprint(save.allotment)
-    fingerprint = save.staged.plan.fingerprint if save.staged is not None else ""
-
-    def pieces() -> Json:
-        own = _without_allotted(share, save)
-        return [allotted, fileplan.to_json(own.blocks, own.offsets)]
-
-    return {
-        "share": share.to_json(),
-        "blocks": told.packed("blocks", digest((fingerprint + allotted).encode()), pieces),
-        "trees": {
-            o.key: told.packed(o.key, digest(o.text.encode()), partial(_tree_of, o)) for o in save.objects if o.per_rank
-        },
-    }
-
-
-def _tree_of(flat: FlatObject) -> Json:
-    return flat.tree
 
 
 def _objects_text(save: PreparedSave, manifest: Manifest) -> str:
@@ -320,9 +266,10 @@ def _objects_text(save: PreparedSave, manifest: Manifest) -> str:
     return objects_text(texts)
 
 
-def _header(save: PreparedSave, facts: list[Json], trees: list[dict[str, Json]]) -> Header:
-    """Rank 0: return what the manifest says beyond files and tensors."""
+def _header(save: PreparedSave, others: list[dict[str, Json]], timings: dict[str, float]) -> Header:
+    """Rank 0: return what the manifest says beyond files and tensors; `others` are the other ranks' own values."""
     request = save.request
+    trees = [{o.key: o.tree for o in save.objects if o.per_rank}, *others]
     objects = {
         o.key: ObjectEntry(
             kind=o.kind,
@@ -336,10 +283,10 @@ def _header(save: PreparedSave, facts: list[Json], trees: list[dict[str, Json]])
         run=request.run,
         attempt=save.attempt,
         layout=request.layout,
-        world_size=len(facts),
+        world_size=len(trees),
         objects=objects,
         metrics=request.metrics or {},
-        timings=dict(zip(_TIMINGS, map(max, zip(*(fact["timings"] for fact in facts), strict=True)), strict=True)),
+        timings=timings,
         parent=request.parent,
         config=request.config,
     )

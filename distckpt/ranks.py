@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -54,6 +54,18 @@ class _Store(Protocol):
     def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
 
 
+class _Post(NamedTuple):
+    """What a rank says in a round: what it is doing, and what came of it, or what was raised."""
+
+    action: str
+    fact: Any = None
+    error: dict[str, Any] | None = None
+
+    def packed(self) -> str:
+        """Return it as JSON, without a key: there is one of each rank on the wire."""
+        return _packed(self[:2] if self.error is None else self)
+
+
 class Ranks:
     """One channel between all ranks of the job.
 
@@ -78,7 +90,7 @@ class Ranks:
         self._store: _Store | None = None
         self._root: dist.distributed_c10d.Store | None = None
         self._meeting: _Store | None = None  # where ranks meet under short keys, once rank 0 has named that place
-        self._verdict_before: tuple[_Store, str] | None = None
+        self._said: tuple[_Store, str] | None = None  # in the round before, and where
         self._waiter = Waiter()
         if dist.is_available() and dist.is_initialized():
             self.rank = dist.get_rank()
@@ -128,12 +140,11 @@ class Ranks:
                 raise
         self._round += 1
         error: BaseException | None = None
-        post: dict[str, Any] = {"action": action}
         try:
-            post["fact"] = work()
+            post = _Post(action, work())
         except BaseException as raised:  # noqa: BLE001  an interrupt, too, must not leave the others waiting
             error = raised
-            post["error"] = {**_describe(raised), "host": self.host}
+            post = _Post(action, error={**_describe(raised), "host": self.host})
         try:
             verdict = self._exchange(self._meeting or self._store, action, post, decide, explain)
         except DistckptError as shared:
@@ -203,7 +214,7 @@ class Ranks:
         self,
         store: _Store,
         action: str,
-        post: dict[str, Any],
+        post: _Post,
         decide: Callable[[list[Any]], Any],
         explain: Callable[[], None],
     ) -> dict[str, Any]:
@@ -219,12 +230,8 @@ class Ranks:
             if self._root is not None and self._meeting is None and "error" not in verdict:
                 verdict["place"] = freshstore.short_place(self._root)
             store.set(f"{number}/v", _packed(verdict))
-            for key in self._posts().values():  # only now: until there is a verdict, they tell the others who has come
-                store.delete_key(key)
-            if self._verdict_before is not None:
-                before, key = self._verdict_before
-                before.delete_key(key)  # every rank has read it: it has posted since
-            self._verdict_before = store, f"{number}/v"
+            self._take_back()
+            self._said = store, f"{number}/v"
             self._move(verdict)
 
         self._ask(action, tell)
@@ -235,15 +242,28 @@ class Ranks:
         if "place" in verdict and self._root is not None:
             self._meeting = _under(verdict["place"], self._root)
 
-    def _told(self, store: _Store, action: str, number: int, post: dict[str, Any]) -> dict[str, Any]:
+    def _told(self, store: _Store, action: str, number: int, post: _Post) -> dict[str, Any]:
         """Other ranks than 0: post this rank's result, and return the verdict."""
 
         def work() -> bytes:
-            store.set(f"{number}/{self.rank}", _packed(post))
-            return self._awaited(store, action, f"{number}/v", deadline)
+            store.set(f"{number}/{self.rank}", post.packed())
+            self._take_back()
+            verdict = self._awaited(store, action, f"{number}/v", deadline)
+            self._said = store, f"{number}/{self.rank}"
+            return verdict
 
         deadline = time.monotonic() + self.timeout_s + _GRACE_S
         return dict(json.loads(self._ask(action, work)))
+
+    def _take_back(self) -> None:
+        """Remove what this rank has said in the round before, while it waits for what others say in this one.
+
+        Whom it was for has read it: rank 0 has told what it makes of it, and the others have gone on since.
+        """
+        if self._said is not None:
+            store, key = self._said
+            store.delete_key(key)
+            self._said = None
 
     def _ask(self, action: str, work: Callable[[], Fact]) -> Fact:
         """Do `work` in the store, and return what it returns; it takes no longer than the timeout, and a little."""
@@ -264,7 +284,7 @@ class Ranks:
         self,
         store: _Store,
         action: str,
-        own: dict[str, Any],
+        own: _Post,
         decide: Callable[[list[Any]], Any],
         explain: Callable[[], None],
     ) -> dict[str, Any]:
@@ -273,7 +293,7 @@ class Ranks:
         deadline = time.monotonic() + self.timeout_s
 
         def collect() -> list[Any]:
-            return [json.loads(post) for post in self._come(store, action, keys, deadline)]
+            return [_Post(*json.loads(post)) for post in self._come(store, action, keys, deadline)]
 
         try:
             posts = [own, *self._ask(action, collect)]
@@ -281,33 +301,32 @@ class Ranks:
             return {"error": to_wire(error)}
         return _explained(self._decided(action, posts, decide), explain)
 
-    def _decided(self, action: str, posts: list[dict[str, Any]], decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    def _decided(self, action: str, posts: list[_Post], decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
         """Rank 0: turn what every rank posted into a verdict."""
         for rank, post in enumerate(posts):
-            if post["action"] != action:
+            if post.action != action:
                 parted = UsageError(
-                    problem=f"the ranks have parted: rank 0 is at {action!r}, rank {rank} at {post['action']!r}",
+                    problem=f"the ranks have parted: rank 0 is at {action!r}, rank {rank} at {post.action!r}",
                     fix="call the same methods, for the same steps, on every rank",
                 )
                 return {"error": to_wire(parted)}
-        failed = [(rank, post) for rank, post in enumerate(posts) if "error" in post]
+        failed = [(rank, post.error) for rank, post in enumerate(posts) if post.error is not None]
         if failed:
-            kinds = {post["error"]["type"] for _, post in failed}
-            if len(failed) == len(posts) and len(kinds) == 1 and failed[0][1]["error"]["wire"]:
-                return {"own": True, "error": failed[0][1]["error"]["wire"]}
-            rank, post = failed[0]
-            cause = post["error"]["cause"]
+            rank, error = failed[0]
+            kinds = {each["type"] for _, each in failed}
+            if len(failed) == len(posts) and len(kinds) == 1 and error["wire"]:
+                return {"own": True, "error": error["wire"]}
             failure = RankFailedError(
                 action=action,
                 rank=rank,
-                host=post["error"]["host"],
-                cause=cause,
+                host=error["host"],
+                cause=error["cause"],
                 others=len(failed) - 1,
-                fix=post["error"]["fix"],
+                fix=error["fix"],
             )
             return {"error": to_wire(failure)}
         try:
-            return {"verdict": decide([post["fact"] for post in posts])}
+            return {"verdict": decide([post.fact for post in posts])}
         except StorageError as error:
             return {"error": to_wire(error.of_rank(self.rank, self.host))}
         except DistckptError as error:
@@ -344,10 +363,9 @@ class Ranks:
 
     def _absent(self, store: _Store) -> list[int]:
         """Return who keeps rank 0 from its verdict: the ranks that have not come; rank 0, if all others have."""
-        posts = self._posts()
-        if not store.check([posts[self.rank]]):
-            return [0]  # there was a verdict after all, too late
-        return [rank for rank, key in posts.items() if not store.check([key])] or [0]
+        if store.check([f"{self._round}/v"]):
+            return [0]  # there was a verdict after all, too late; who has read it may have taken its post back
+        return [rank for rank, key in self._posts().items() if not store.check([key])] or [0]
 
 
 def _place(store: dist.distributed_c10d.Store, timeout_s: float) -> str:

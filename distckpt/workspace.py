@@ -117,6 +117,13 @@ class Told:
         self._settled.update(self._sent)
         self._sent = {}
 
+    def unsettle(self) -> None:
+        """Count what was packed since `settle` as not known to rank 0: something has failed, it may not have read it.
+
+        Ranks: any.
+        """
+        self._sent = {}
+
 
 class Workspace:
     """What is kept from save to save on one rank.

@@ -30,35 +30,40 @@ class RankShare:
     blocks: tuple[Block, ...]
     offsets: tuple[int, ...]
 
-    def to_json(self) -> Json:
-        """Return the share as JSON, for rank 0: all but its blocks, which `fileplan.to_json` describes.
+    def sizes(self) -> Json:
+        """Return as JSON how long the file and its header are in bytes, for rank 0; the same as long as the plan is.
 
         Ranks: any.
         """
-        if self.file is None:
-            return None
-        file = self.file
-        digests = base64.b64encode(bytes.fromhex("".join(segment.digest for segment in file.segments))).decode()
-        return [file.num_bytes, file.segments[0].num_bytes, digests]
+        return None if self.file is None else [self.file.num_bytes, self.file.segments[0].num_bytes]
+
+    def digests(self) -> str:
+        """Return the digests of the file's segments, for rank 0; "" without a file.
+
+        Ranks: any.
+        """
+        segments = () if self.file is None else self.file.segments
+        return base64.b64encode(bytes.fromhex("".join(segment.digest for segment in segments))).decode()
 
     @classmethod
-    def from_json(cls, body: Json, blocks: Json, *, rank: int, attempt: str) -> RankShare:
-        """Return the share that `to_json` and `fileplan.to_json` described.
+    def from_json(cls, sizes: Json, digests: str, blocks: Json, *, rank: int, attempt: str) -> RankShare:
+        """Return the share that a rank has described.
 
         Args:
-            body: What `to_json` returned.
+            sizes: What `sizes` returned.
+            digests: What `digests` returned.
             blocks: What `fileplan.from_json` returned.
             rank: The rank that wrote it.
             attempt: The save's name.
 
         Ranks: any.
         """
-        if body is None:
+        if sizes is None:
             return cls(file=None, blocks=(), offsets=())
-        num_bytes, header_bytes, packed = body
-        digests = base64.b64decode(packed).hex()
+        num_bytes, header_bytes = sizes
+        written = base64.b64decode(digests).hex()
         segments = tuple(
-            Segment(num_bytes=size, digest=digests[32 * index : 32 * (index + 1)])
+            Segment(num_bytes=size, digest=written[32 * index : 32 * (index + 1)])
             for index, size in enumerate(segment_sizes(header_bytes, num_bytes))
         )
         of_file, offsets = blocks

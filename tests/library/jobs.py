@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -299,7 +300,21 @@ def count_bytes_of_a_later_save(directory: str, num_tensors: int) -> int:
         for step in (1, 2):
             ckpt.save(step, {"model": model})
             ckpt.wait()
+        time.sleep(0.2)  # what is acknowledged later counts later
         before = counters()
         ckpt.save(3, {"model": model})
         ckpt.wait()
         return (counters() - before).wire_bytes
+
+
+def count_keys_in_the_store(directory: str) -> list[int]:
+    """Return how many keys the job's store holds after each of some saves, as rank 0 sees it when all have ended."""
+    store, numbers = dist.distributed_c10d._get_default_store(), []
+    with CheckpointManager(directory, every=None) as ckpt:
+        for step in range(1, 5):
+            ckpt.save(step, {"x": step})
+            ckpt.wait()
+            dist.barrier()
+            numbers.append(store.num_keys())
+            dist.barrier()
+    return numbers

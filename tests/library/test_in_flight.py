@@ -323,7 +323,7 @@ def test_a_stop_and_a_save_that_come_together_are_one(
     ranks: RankPools, tmp_path: Path, every: int | str | None, together: bool, signalled: dict[int, int]
 ):
     first, second = ranks(2).run(
-        jobs.run_steps, str(tmp_path), {"every": every}, until=20_000, together=together, signalled=signalled
+        jobs.run_steps, str(tmp_path), {"every": every}, until=200_000, together=together, signalled=signalled
     )
     assert first == second
     assert first["preempted"]

@@ -139,10 +139,15 @@ def test_ranks_that_call_different_verbs_are_told_so(ranks: RankPools, tmp_path:
 def test_a_later_save_takes_less_than_a_kilobyte_on_the_wire_however_many_tensors_there_are(
     ranks: RankPools, tmp_path: Path
 ):
-    few = ranks(2).run(jobs.count_bytes_of_a_later_save, str(tmp_path / "few"), 10)
-    many = ranks(2).run(jobs.count_bytes_of_a_later_save, str(tmp_path / "many"), 2000)
+    few = ranks(4).run(jobs.count_bytes_of_a_later_save, str(tmp_path / "few"), 10)
+    many = ranks(4).run(jobs.count_bytes_of_a_later_save, str(tmp_path / "many"), 2000)
     assert 100 < min(few) <= max(many) < 1000
     assert max(many) - max(few) < 100
+
+
+def test_what_ranks_say_to_each_other_does_not_stay_in_the_store(ranks: RankPools, tmp_path: Path):
+    for numbers in ranks(3).run(jobs.count_keys_in_the_store, str(tmp_path / "run")):
+        assert max(numbers[1:]) == numbers[1]
 
 
 def test_the_thread_that_waits_for_others_ends_with_its_channel():
