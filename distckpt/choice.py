@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from distckpt import catalog, names, verification
 from distckpt.branches import Origin
@@ -21,8 +22,45 @@ from distckpt.values import Json
 logger = logging.getLogger("distckpt")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What rank 0 has seen of a directory.
+
+    Attributes:
+        folder: The checkpoint that a look will most likely choose; None if nothing can be said.
+        folders: What the directory holds, if it was listed.
+    """
+
+    folder: str | None
+    folders: list[catalog.Folder] | None = None
+
+
+def sight(storage: Storage, request: RestoreRequest, origin: Origin | None) -> Sight:
+    """Look for the checkpoint that a restore will most likely take; no file is read.
+
+    Raises:
+        StorageError: The directory could not be listed.
+
+    Ranks: 0; blocks on the storage.
+    """
+    if origin is not None and request.step == origin.step:
+        return Sight(folder=None)  # it lies elsewhere
+    if request.step is not None:
+        return Sight(folder=names.step_name(request.step))
+    if not request.heal:
+        return Sight(folder="")
+    folders = catalog.scan(storage)
+    return Sight(folder=next((each.name for each in reversed(folders) if each.committed), None), folders=folders)
+
+
 def choose(
-    storage: Storage, request: RestoreRequest, left_out: set[str], known: dict[str, Manifest], origin: Origin | None
+    storage: Storage,
+    request: RestoreRequest,
+    left_out: set[str],
+    known: dict[str, Manifest],
+    origin: Origin | None,
+    *,
+    folders: list[catalog.Folder] | None = None,
 ) -> Json:
     """Return which checkpoint to load: its "folder", its "attempt", and whether it "is_origin".
 
@@ -32,6 +70,7 @@ def choose(
         left_out: The folders of checkpoints that are not to be taken; those that are found damaged are added.
         known: By folder, the manifest of what is chosen is added.
         origin: What the directory's branch went off from.
+        folders: What the directory holds, if it was listed just now.
 
     Returns:
         The choice; None if the directory holds no checkpoint, and never had one.
@@ -48,7 +87,7 @@ def choose(
     if request.step is not None or not request.heal:
         folder, manifest = catalog.locate(storage, step=request.step)
         return _chosen(folder, manifest, known)
-    folders, found = _newest_good(storage, request, left_out)
+    folders, found = _newest_good(storage, request, left_out, folders)
     if found is not None:
         return _chosen(*found, known)
     if origin is not None:
@@ -70,7 +109,7 @@ def _chosen(folder: str, manifest: Manifest, known: dict[str, Manifest], *, is_o
 
 
 def _newest_good(
-    storage: Storage, request: RestoreRequest, left_out: set[str]
+    storage: Storage, request: RestoreRequest, left_out: set[str], listed: list[catalog.Folder] | None
 ) -> tuple[list[catalog.Folder], tuple[str, Manifest] | None]:
     """Return what a directory holds, and of that the newest checkpoint that is good as far as its sizes tell.
 
@@ -78,7 +117,8 @@ def _newest_good(
     newer one: so the directory is looked at again.
     """
     for tries_left in reversed(range(catalog.LOCATE_TRIES)):
-        folders, has_changed = catalog.scan(storage), False
+        folders, has_changed = catalog.scan(storage) if listed is None else listed, False
+        listed = None
         for candidate in reversed(folders):
             if not candidate.committed or candidate.name in left_out:
                 continue

@@ -6,6 +6,7 @@ The end of an allocation that is known beforehand is such a request, too.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -121,8 +122,14 @@ def known_deadline(*, grace_s: float | None, ends_at: float | None) -> Deadline:
         now=time.time(),
         grace_s=grace_s,
         ends_at=ends_at,
-        is_grace_settable=torch.__version__ >= "2.12",  # before, torchrun always waits for 30 s
+        is_grace_settable=_is_grace_settable(),
     )
+
+
+@functools.cache
+def _is_grace_settable() -> bool:
+    """Say whether torchrun can be told how long to wait after a signal; before torch 2.12 it always waits for 30 s."""
+    return torch.__version__ >= "2.12"
 
 
 def _is_taken(number: signal.Signals) -> bool:

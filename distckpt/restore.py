@@ -17,8 +17,8 @@ from typing import Any
 
 from distckpt import catalog, names, nodecopy
 from distckpt.branches import Home, Origin
-from distckpt.choice import choose, examine
-from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
+from distckpt.choice import choose, examine, sight
+from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError
 from distckpt.garbage import kept_off
 from distckpt.loading import Loading, RestoreRequest
 from distckpt.manifest import Manifest
@@ -158,19 +158,14 @@ def _restore(
     """Restore, and note in `changed` whether a try has changed the state."""
     left_out: set[str] = set()
     again: set[str] = set()
-    known: dict[str, Manifest] = {}  # what rank 0 has read to choose, it need not read again
     while True:
-        chosen = ranks.agree(
-            "restore: choosing a checkpoint",
-            lambda: None,
-            lambda _: choose(storage, request, left_out, known, origin),
-        )
+        chosen, manifest = _chosen(request, left_out, storage=storage, ranks=ranks, origin=origin)
         if chosen is None:
             return None
         folder, place, asked = chosen["folder"], storage, request
         if origin is not None and chosen["is_origin"]:
             place, asked = origin.storage, replace(request, heal=False)  # it is not this job's to put aside
-        found = _load(state, asked, chosen, known.pop(folder, None), changed, storage=place, ranks=ranks)
+        found = _load(state, asked, chosen, manifest, changed, storage=place, ranks=ranks)
         if isinstance(found, Loaded):
             return found
         if found["vanished"]:
@@ -181,6 +176,42 @@ def _restore(
         if not asked.heal:
             raise _damaged(place, folder, found)
         left_out.add(folder)
+
+
+def _chosen(
+    request: RestoreRequest, left_out: set[str], *, storage: Storage, ranks: Ranks, origin: Origin | None
+) -> tuple[Json, Manifest | None]:
+    """Return what rank 0 chooses, and the manifest of that, if this rank has read it already.
+
+    While rank 0 reads the manifest of what it will most likely choose, the others read it, too: of many ranks it has
+    megabytes, and would else be read twice, one time after the other.
+    """
+    known: dict[str, Manifest] = {}
+    listed: list[catalog.Folder] | None = None
+    likely: str | None = None
+
+    def look(_: list[None]) -> str | None:
+        nonlocal listed
+        seen = sight(storage, request, origin)
+        listed = seen.folders
+        return seen.folder if seen.folder not in left_out else None
+
+    def read_ahead() -> None:
+        if likely is not None and ranks.rank:
+            with contextlib.suppress(DistckptError):  # what is wrong with it, rank 0 sees as well
+                known[likely] = catalog.read_manifest(storage, likely)
+
+    if ranks.world_size > 1:
+        likely = ranks.agree("restore: choosing a checkpoint", lambda: None, look)
+    chosen = ranks.agree(
+        "restore: choosing a checkpoint",
+        read_ahead,
+        lambda _: choose(storage, request, left_out, known, origin, folders=listed),
+    )
+    manifest = None if chosen is None else known.get(chosen["folder"])
+    if manifest is not None and (manifest.attempt != chosen["attempt"] or (chosen["is_origin"] and ranks.rank)):
+        manifest = None  # it was saved anew between the two looks, or is a namesake in another directory
+    return chosen, manifest
 
 
 def _damaged(storage: Storage, folder: str, found: Json) -> CheckpointDamagedError:

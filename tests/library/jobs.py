@@ -9,16 +9,19 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import distckpt
 from benchmarks.kernel import counters
-from distckpt import CheckpointManager, PerRank
+from distckpt import CheckpointManager, PerRank, catalog
 from distckpt.errors import RankTimeoutError
+from distckpt.manifest import Manifest
 from distckpt.preparation import SaveRequest, prepare
 from distckpt.ranks import Ranks
+from distckpt.storage import Storage
 from distckpt.workspace import Workspace
 
 
@@ -104,6 +107,28 @@ def restore_run(directory: str, seed: int = 7) -> dict[str, Any]:
         "draws": drawn,
         "in_place": embedding is state["embedding"],
     }
+
+
+def restore_and_count_manifests(directory: str, *, mistaken: bool = False) -> tuple[int | None, dict[str, Any], int]:
+    """Restore; return the step, the facts, and how many manifests this rank has parsed.
+
+    Args:
+        directory: The run.
+        mistaken: Whether other ranks than 0 read an older manifest than rank 0 while it chooses.
+    """
+    state, parsed = build(7), []
+    real = catalog.parsed_manifest
+
+    def parse(storage: Storage, folder: str, data: bytes) -> Manifest:
+        if mistaken and not parsed and dist.get_rank():
+            folder = catalog.scan(storage)[0].name
+            data = catalog.manifest_data(storage, folder)
+        parsed.append(folder)
+        return real(storage, folder, data)
+
+    with pytest.MonkeyPatch.context() as patch, CheckpointManager(directory) as ckpt:
+        patch.setattr(catalog, "parsed_manifest", parse)
+        return ckpt.restore(state), facts(state), len(parsed)
 
 
 def restore_without_torchrun(directory: str) -> dict[str, Any]:

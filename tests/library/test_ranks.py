@@ -145,6 +145,15 @@ def test_a_later_save_takes_less_than_a_kilobyte_on_the_wire_however_many_tensor
     assert max(many) - max(few) < 100
 
 
+def test_every_rank_reads_the_manifest_once_and_the_others_while_rank_0_chooses(ranks: RankPools, tmp_path: Path):
+    saved = ranks(2).run(jobs.save_run, str(tmp_path / "run"), "sharded", 4)
+    for step, facts, num_parsed in ranks(2).run(jobs.restore_and_count_manifests, str(tmp_path / "run")):
+        assert (step, facts, num_parsed) == (4, saved[0]["facts"], 1)
+    first, second = ranks(2).run(jobs.restore_and_count_manifests, str(tmp_path / "run"), mistaken=True)
+    assert first[:2] == second[:2] == (4, saved[0]["facts"])
+    assert (first[2], second[2]) == (1, 2)
+
+
 def test_what_ranks_say_to_each_other_does_not_stay_in_the_store(ranks: RankPools, tmp_path: Path):
     for numbers in ranks(3).run(jobs.count_keys_in_the_store, str(tmp_path / "run")):
         assert max(numbers[1:]) == numbers[1]
