@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from distckpt.readahead import prefetch
     from distckpt.retention import Retention
     from distckpt.single import load, save
-    from distckpt.state import PerRank
+    from distckpt.slots import PerRank
     from distckpt.trainer import TrainConfig, Trainer
     from distckpt.weights import load_weights
 
@@ -26,7 +26,7 @@ _MODULES = ("errors", "events")
 _HOMES = {
     "Checkpoint": "catalog",
     "CheckpointManager": "manager",
-    "PerRank": "state",
+    "PerRank": "slots",
     "Retention": "retention",
     "TrainConfig": "trainer",
     "Trainer": "trainer",

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from distckpt.errors import DistckptError, StateLoadError, UsageError
 from distckpt.matching import Match, Part, Reference, references
 from distckpt.modules import module_state, plain_names, unwrap
-from distckpt.state import PerRank, kind_of
+from distckpt.slots import PerRank, kind_of
 from distckpt.tensors import local
 
 

@@ -16,7 +16,7 @@ from distckpt.errors import UsageError
 from distckpt.manifest import Manifest, TensorEntry
 from distckpt.modules import module_state
 from distckpt.rng import RandomState
-from distckpt.state import Slot, kind_of, slots
+from distckpt.slots import Slot, kind_of, slots
 from distckpt.tensors import DTYPE_NAMES, DTYPES
 from distckpt.values import Json, decode
 

@@ -20,8 +20,9 @@ from distckpt.garbage import kept_off
 from distckpt.inspection import Inspection, Sampled
 from distckpt.manifest import Layout, to_text
 from distckpt.ranks import Ranks
+from distckpt.slots import slots
 from distckpt.staging import Staged
-from distckpt.state import FlatObject, flatten, gathered, slots
+from distckpt.state import FlatObject, flatten, gathered
 from distckpt.storage import Storage
 from distckpt.tensors import local, tensor_from_json, tensor_to_json
 from distckpt.values import Json

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from distckpt.errors import UsageError
 from distckpt.manager import CheckpointManager
 from distckpt.rng import RandomState
-from distckpt.state import PerRank
+from distckpt.slots import PerRank
 
 logger = logging.getLogger("distckpt")
 

@@ -19,7 +19,7 @@ import torch
 from distckpt.errors import DependencyError, UsageError
 from distckpt.manager import CheckpointManager
 from distckpt.rng import RandomState
-from distckpt.state import PerRank
+from distckpt.slots import PerRank
 
 try:
     import transformers

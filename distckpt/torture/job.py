@@ -24,7 +24,7 @@ from distckpt.events import EventLog
 from distckpt.logfolder import EVENTS_NAME
 from distckpt.manager import CheckpointManager
 from distckpt.manifest import Layout
-from distckpt.state import PerRank
+from distckpt.slots import PerRank
 from distckpt.torture.journal import Journal
 
 TIMEOUT_S = 60.0

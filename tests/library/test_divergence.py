@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from distckpt.divergence import combined, differences, digests, non_finite, num_turns, replicas, sample
-from distckpt.state import PerRank, flatten
+from distckpt.slots import PerRank
+from distckpt.state import flatten
 
 SHAPES = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 7)), max_size=6)
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.uint8, torch.complex64, torch.bool])

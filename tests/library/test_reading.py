@@ -201,6 +201,25 @@ def test_optimizer_state_is_read_in_place_or_made(tmp_path: Path):
     assert next(iter(there["optimizer"].state.values()))["exp_avg"] is moment
 
 
+def test_a_modules_tensor_that_memory_does_not_tell_is_given_beside_those_that_are_read_in_place(tmp_path: Path):
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        made = nn.Linear(300, 300)
+        made.register_buffer("turned", torch.randn(300, dtype=torch.complex64).conj())
+        return made
+
+    saved, there = model(1), model(2)
+    assert there.turned.is_conj()
+    places = [tensor.data_ptr() for tensor in there.state_dict().values()]
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        ckpt.save(1, {"model": saved})
+    with CheckpointManager(tmp_path, signals=()) as ckpt:
+        assert ckpt.restore({"model": there}) == 1
+    assert [tensor.data_ptr() for tensor in there.state_dict().values()] == places
+    assert all(map(torch.equal, there.state_dict().values(), saved.state_dict().values()))
+    assert there.turned.is_conj()
+
+
 def test_a_module_with_loading_code_of_its_own_is_given_the_tensors(tmp_path: Path):
     class Doubling(nn.Linear):
         def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
