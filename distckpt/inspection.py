@@ -305,4 +305,7 @@ def _is_finite(data: memoryview, dtype: str) -> bool:
     signed, unsigned, mask = _BITS[dtype]
     sign = 1 << (8 * np.dtype(unsigned).itemsize - 1)
     bits = np.frombuffer(data, dtype=unsigned)
-    return int(bits.view(signed).max()) < mask and int(bits.max()) < mask | sign
+    highest = int(bits.max())
+    if highest < mask:
+        return True  # and none is negative, as in an optimizer's second moments: that is known by one look
+    return highest < mask | sign and int(bits.view(signed).max()) < mask

@@ -69,10 +69,12 @@ def test_every_bad_number_is_found_and_named_and_none_that_is_good(dtype: torch.
     assert found_in(tensors) == [f"model.{name}" for name in ("b", "d") if name in tensors]
 
 
+@pytest.mark.parametrize("others", [1.0, -1.0])
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, (4 << 18) - 1, 4 << 18, (4 << 18) + 1, 2_999_999])
-def test_a_bad_number_is_found_wherever_it_stands_in_a_large_tensor(place: int) -> None:
-    tensor = torch.ones(3_000_000)
-    tensor[place] = math.nan
+def test_a_bad_number_is_found_wherever_it_stands_in_a_large_tensor(place: int, value: float, others: float) -> None:
+    tensor = torch.full((3_000_000,), others)
+    tensor[place] = value
     assert found_in({"before": torch.ones(5), "large": tensor, "then": torch.ones(7)}) == ["model.large"]
 
 
