@@ -210,7 +210,7 @@ def names_of_attempts_are_used_again(patch: Patch) -> None:
     patch.setattr(names, "new_attempt", lambda: "attempt")
 
 
-@planted(("both-save", "disk"), ("both-start", "s3"))
+@planted(("both-save", "disk", "stands, 3 4 140, 312"), ("both-start", "s3", "stands, 25 43 3 -1, 122"))
 def lease_not_checked_before_the_manifest(patch: Patch) -> None:
     def commit_unasked(save: Any, *, ranks: Any, storage: Storage, **_: Any) -> Any:
         return commit.commit(save, ranks=ranks, storage=storage)
@@ -218,7 +218,7 @@ def lease_not_checked_before_the_manifest(patch: Patch) -> None:
     patch.setattr(saver, "commit", commit_unasked)
 
 
-@planted(("both-save", "disk"))
+@planted(("both-save", "disk", "stands, 138, 650"))
 def lease_not_checked_after_the_manifest(patch: Patch) -> None:
     patch.setattr(Tenure, "confirm", lambda _self: None)
 
@@ -238,12 +238,12 @@ def swept_although_its_owner_may_only_stand_still(patch: Patch) -> None:
     patch.setattr(Tenure, "is_after_silence", False)
 
 
-@planted(("both-save", "disk"), ("both-start", "s3"))
+@planted(("both-save", "disk", "stands, 3 4 140, 312"), ("both-start", "s3", "stands, 15 12 61 15, 31"))
 def living_owner_taken_for_dead_at_once(patch: Patch) -> None:
     patch.setattr(Lease, "_patience_s", lambda *_: 0.0)
 
 
-@planted(("both-save", "disk"), ("both-save", "s3"))
+@planted(("both-save", "disk", "stands, 4 262 -1, 680"), ("both-save", "s3", "stands, 10 4 68, 77"))
 def taken_over_without_a_new_number(patch: Patch) -> None:
     real = Lease._claim
 
@@ -256,7 +256,7 @@ def taken_over_without_a_new_number(patch: Patch) -> None:
     patch.setattr(Lease, "_claim", claim)
 
 
-@planted(("both-start", "disk"), ("both-start", "bucket"), ("both-start", "s3"))
+@planted(("both-start", "disk"), ("both-start", "bucket", "stands, 2 4 4, 38"), ("both-start", "s3", "runs, 2 15, 11"))
 def two_may_take_one_number(patch: Patch) -> None:
     real = Lease._claim
 
@@ -268,7 +268,7 @@ def two_may_take_one_number(patch: Patch) -> None:
     patch.setattr(Lease, "_claim", claim)
 
 
-@planted(("both-clean-up", "disk", "stands, 205 -1, 0"), ("both-clean-up", "s3", "stands, 32 -1, 0"))
+@planted(("both-clean-up", "disk", "stands, 211 -1, 0"), ("both-clean-up", "s3", "stands, 33 -1, 0"))
 def put_aside_whatever_is_there(patch: Patch) -> None:
     real = catalog.quarantine
 

@@ -35,8 +35,11 @@ def search(scenario: str, model: str, order: str | None = None) -> None:
     if scenario == "reader":
         readers.run(MODELS[model][1], seed=1)
     elif model in writers.PLACES:
-        if order is not None:
+        if order is not None:  # one that has found it, to save the search
             writers.run(scenario, model, seed=1, only=[writers.Order.of(order)])
-        writers.run(scenario, model, seed=1, sample=None if order else MOST_ORDERS)
+            pytest.fail(
+                f"{order!r} finds it no more: leave it out in planted.py, and note the order that is then named"
+            )
+        writers.run(scenario, model, seed=1, sample=MOST_ORDERS)
     else:
         run(named(scenario, "sharded"), model, seed=1)

@@ -108,7 +108,7 @@ def test_one_fault_at_any_request_is_mended_and_leaves_nothing(
     fault: str,
 ) -> None:
     case = CASES[verb]
-    num_requests = None
+    num_requests, is_over = None, False
     fail_at = -1  # the first time nothing fails, and requests are counted
     while num_requests is None or fail_at < num_requests:
         if objects := s3_filesystem.find(s3_bucket):
@@ -122,7 +122,8 @@ def test_one_fault_at_any_request_is_mended_and_leaves_nothing(
             proxy.fail(made)
         case.act(make_storage())
         if num_requests is not None:
-            assert made.times == 0, f"nothing failed at request {fail_at}"
+            is_over = made.times > 0 and len(proxy.seen) <= fail_at
+            assert made.times == 0 or is_over, f"nothing failed at request {fail_at}"
         else:
             num_requests = len(proxy.seen)
             assert num_requests > 0
@@ -131,4 +132,5 @@ def test_one_fault_at_any_request_is_mended_and_leaves_nothing(
         for name, data in case.after.items():
             assert s3_filesystem.cat_file(found[name]) == data, f"fault at request {fail_at}"
         assert s3_filesystem.list_multipart_uploads(s3_bucket) == [], f"fault at request {fail_at}"
-        fail_at += 1
+        # On a busy machine the first time may have taken a request more, after one that was too late.
+        fail_at = num_requests if is_over else fail_at + 1
