@@ -32,7 +32,9 @@ def facts(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("layout", "memory"), [("sharded", ["--memory-tier"]), ("full", [])])
+@pytest.mark.parametrize(
+    ("layout", "memory"), [("sharded", ["--memory-tier"]), pytest.param("full", [], marks=pytest.mark.slow)]
+)
 def test_a_job_that_is_killed_comes_back_to_what_it_was_told_is_safe(
     tmp_path: Path, layout: str, memory: list[str]
 ) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from training_job import TrainingJob, last_step, logged
 
-SETTINGS = ["--train.epochs=3", "--train.log_every=1", "--checkpoint.every=5", "--checkpoint.timeout_s=60"]
-TOTAL = 3 * 23
+SETTINGS = ["--train.epochs=2", "--train.log_every=1", "--checkpoint.every=5", "--checkpoint.timeout_s=60"]
+TOTAL = 2 * 23
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])

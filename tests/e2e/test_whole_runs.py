@@ -60,7 +60,7 @@ def test_an_undisturbed_run_learns_and_keeps_what_it_should(undisturbed: Path) -
     assert len(list(undisturbed.glob("step-*"))) == 3
 
 
-@pytest.mark.parametrize("layout", ["sharded", "full"])
+@pytest.mark.parametrize("layout", ["sharded", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_twice_ends_as_if_nothing_had_happened(
     undisturbed: Path, tmp_path: Path, layout: str
 ) -> None:

@@ -47,23 +47,35 @@ def test_missing_bucket_is_told_by_list_put_and_publish(s3_bucket: str) -> None:
         assert not isinstance(caught.value, FileNotFoundError)
 
 
-def test_an_endpoint_where_nobody_listens_fails_in_well_under_a_minute(
-    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def nowhere(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Give a URL at an endpoint where nobody listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, and not listening
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        storage = open_storage(f"s3://{s3_bucket}/run")  # with its own patience
-        start = time.monotonic()
+        yield f"s3://{s3_bucket}/run"
+
+
+@pytest.mark.slow
+def test_an_endpoint_where_nobody_listens_fails_in_well_under_a_minute(nowhere: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(StorageError, match="Could not connect"):
+        open_storage(nowhere).put("f", [b"1"])  # with its own patience
+    assert time.monotonic() - start < 30
+
+
+def test_an_endpoint_where_nobody_listens_is_told_by_every_verb(nowhere: str) -> None:
+    impatient = open_storage(nowhere, storage_options=IMPATIENT)
+    for verb in (
+        lambda: impatient.put("f", [b"1"]),
+        impatient.list,
+        lambda: impatient.publish("f", b"1"),
+        lambda: impatient.delete(["f"]),
+    ):
         with pytest.raises(
             StorageError, match=r"Could not connect to the endpoint URL.*\nFix: check that AWS_ENDPOINT_URL"
         ):
-            storage.put("f", [b"1"])
-        assert time.monotonic() - start < 30
-        impatient = open_storage(f"s3://{s3_bucket}/run", storage_options=IMPATIENT)
-        for verb in (impatient.list, lambda: impatient.publish("f", b"1"), lambda: impatient.delete(["f"])):
-            with pytest.raises(StorageError, match="Could not connect"):
-                verb()
+            verb()
 
 
 def test_a_server_that_stays_busy_is_given_up_after_a_fixed_number_of_tries(
