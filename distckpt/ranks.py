@@ -90,7 +90,7 @@ class Ranks:
         self._store: _Store | None = None
         self._root: dist.distributed_c10d.Store | None = None
         self._meeting: _Store | None = None  # where ranks meet under short keys, once rank 0 has named that place
-        self._said: tuple[_Store, str] | None = None  # in the round before, and where
+        self._verdict_before: tuple[_Store, str] | None = None
         self._waiter = Waiter()
         if dist.is_available() and dist.is_initialized():
             self.rank = dist.get_rank()
@@ -230,8 +230,10 @@ class Ranks:
             if self._root is not None and self._meeting is None and "error" not in verdict:
                 verdict["place"] = freshstore.short_place(self._root)
             store.set(f"{number}/v", _packed(verdict))
-            self._take_back()
-            self._said = store, f"{number}/v"
+            if self._verdict_before is not None:
+                before, key = self._verdict_before
+                before.delete_key(key)  # every rank has read it: it has posted since
+            self._verdict_before = store, f"{number}/v"
             self._move(verdict)
 
         self._ask(action, tell)
@@ -246,24 +248,14 @@ class Ranks:
         """Other ranks than 0: post this rank's result, and return the verdict."""
 
         def work() -> bytes:
-            store.set(f"{number}/{self.rank}", post.packed())
-            self._take_back()
+            own = f"{number}/{self.rank}"
+            store.set(own, post.packed())
             verdict = self._awaited(store, action, f"{number}/v", deadline)
-            self._said = store, f"{number}/{self.rank}"
+            store.delete_key(own)  # only now: until there is a verdict, it tells the others who has come
             return verdict
 
         deadline = time.monotonic() + self.timeout_s + _GRACE_S
         return dict(json.loads(self._ask(action, work)))
-
-    def _take_back(self) -> None:
-        """Remove what this rank has said in the round before, while it waits for what others say in this one.
-
-        Whom it was for has read it: rank 0 has told what it makes of it, and the others have gone on since.
-        """
-        if self._said is not None:
-            store, key = self._said
-            store.delete_key(key)
-            self._said = None
 
     def _ask(self, action: str, work: Callable[[], Fact]) -> Fact:
         """Do `work` in the store, and return what it returns; it takes no longer than the timeout, and a little."""

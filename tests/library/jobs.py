@@ -343,3 +343,14 @@ def count_keys_in_the_store(directory: str) -> list[int]:
             numbers.append(store.num_keys())
             dist.barrier()
     return numbers
+
+
+def count_keys_of_single_saves(directory: str) -> list[int]:
+    """Return how many keys the job's store holds after each of some saves of a channel of their own."""
+    store, numbers = dist.distributed_c10d._get_default_store(), []
+    for step in range(3):
+        distckpt.save(f"{directory}/{step}", {"x": step})
+        dist.barrier()
+        numbers.append(store.num_keys())
+        dist.barrier()
+    return numbers

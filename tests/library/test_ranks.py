@@ -157,6 +157,8 @@ def test_every_rank_reads_the_manifest_once_and_the_others_while_rank_0_chooses(
 def test_what_ranks_say_to_each_other_does_not_stay_in_the_store(ranks: RankPools, tmp_path: Path):
     for numbers in ranks(3).run(jobs.count_keys_in_the_store, str(tmp_path / "run")):
         assert max(numbers[1:]) == numbers[1]
+    for numbers in ranks(3).run(jobs.count_keys_of_single_saves, str(tmp_path)):
+        assert numbers[2] - numbers[1] == numbers[1] - numbers[0] <= 1  # of each channel, the last verdict
 
 
 def test_the_thread_that_waits_for_others_ends_with_its_channel():
