@@ -232,11 +232,14 @@ def _match_module(slot: Slot, content: Any, manifest: Manifest, selection: Selec
         result.problems.append(f"{slot.key}: the checkpoint holds a {type(content).__name__}, the state a module")
         return
     expected, _, in_place = module_state(module)
-    everything, is_row = selection.is_all, in_place
+    if in_place and selection.is_all and _match_row(expected, content, manifest, result):
+        result.parts.append(Part(slot=slot, content=content, is_row=True))
+        return
+    is_row = in_place
     chosen: dict[str, Any] = {}
     for name, target in expected.items():
         full = f"{slot.key}.{name}"
-        if not everything and not selection.takes(full):
+        if not selection.takes(full):
             continue
         if name not in content:
             result.problems.append(f"missing in the checkpoint: {full}{_facts(target)}")
@@ -254,11 +257,11 @@ def _match_module(slot: Slot, content: Any, manifest: Manifest, selection: Selec
             result.problems.append(f"{full}: a tensor on one side, a value on the other")
         else:
             is_row = False
-    for name in content.keys() - expected.keys():
-        full, stored = f"{slot.key}.{name}", content[name]
-        if selection.takes(full):
-            entry = manifest.tensors[stored.name] if isinstance(stored, Reference) else None
-            result.problems.append(f"not in the state: {full}{_stored_facts(entry)}")
+    result.problems += [
+        f"not in the state: {slot.key}.{name}{_stored_facts(content[name], manifest)}"
+        for name in sorted(content.keys() - expected.keys())
+        if selection.takes(f"{slot.key}.{name}")
+    ]
     if chosen or not expected:
         whole = len(chosen) == len(expected)
         result.parts.append(Part(slot=slot, content=chosen, whole=whole, is_row=is_row and whole))
@@ -289,20 +292,19 @@ def _match_optimizer(slot: Slot, content: Any, manifest: Manifest, result: Match
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = [index for group in saved for index in group["params"]]
     for index, parameter in zip(order, parameters, strict=True):
-        known = optimizer.state.get(parameter, {})
+        known, shape = optimizer.state.get(parameter, {}), parameter.shape
         for name, stored in state.get(index, {}).items():
             if type(stored) is not Reference:
                 continue
             entry = manifest.tensors[stored.name]
-            shape = entry.shape
             here_now = known.get(name)
             if isinstance(here_now, torch.Tensor) and _fits(here_now, entry) and _is_plain(here_now):
                 result.targets.setdefault(stored.name, here_now)
-            if parameter.shape == shape:
+            if shape == entry.shape:
                 _remember(stored, parameter, result)
             elif name in _ELEMENTWISE:
                 result.problems.append(
-                    f"{stored.name}: the checkpoint holds {shape}, its parameter is {tuple(parameter.shape)}"
+                    f"{stored.name}: the checkpoint holds {entry.shape}, its parameter is {tuple(shape)}"
                 )
 
 
@@ -368,7 +370,7 @@ def _compare(name: str, target: torch.Tensor, entry: TensorEntry, result: Match)
     """Say whether a tensor of the state fits; if not, that is a problem."""
     if _fits(target, entry):
         return True
-    result.problems.append(f"{name}: the checkpoint holds{_stored_facts(entry)}, the state expects{_facts(target)}")
+    result.problems.append(f"{name}: the checkpoint holds{_entry_facts(entry)}, the state expects{_facts(target)}")
     return False
 
 
@@ -378,8 +380,12 @@ def _facts(target: Any) -> str:
     return f" {tuple(target.shape)} {str(target.dtype).removeprefix('torch.')}"
 
 
-def _stored_facts(entry: TensorEntry | None) -> str:
-    return "" if entry is None else f" {entry.shape} {str(DTYPES[entry.dtype]).removeprefix('torch.')}"
+def _stored_facts(stored: Any, manifest: Manifest) -> str:
+    return _entry_facts(manifest.tensors[stored.name]) if isinstance(stored, Reference) else ""
+
+
+def _entry_facts(entry: TensorEntry) -> str:
+    return f" {entry.shape} {str(DTYPES[entry.dtype]).removeprefix('torch.')}"
 
 
 def _reference(tag: str, name: str) -> Reference:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from distckpt.manifest import Segment
 from distckpt.storage.mapping import copy
@@ -15,9 +16,8 @@ from distckpt.storage.mapping import copy
 _LEAST_SCRATCH_BYTES = 4 << 20  # a segment
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Range:
-    """Bytes of a data file that are wanted.
+class Range(NamedTuple):
+    """Bytes of a data file that are wanted. A tuple, as there may be a great many.
 
     Attributes:
         begin: The first byte's place in the file.

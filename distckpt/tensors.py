@@ -37,6 +37,8 @@ DTYPES: dict[str, torch.dtype] = {
     "C128": torch.complex128,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NOT_NUMPYS = frozenset({torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2})
+_MOST_NUMPY_DIMS = 32
 
 # The meshes seen last, each held so that its id stays its own: to compare two of many ranks takes as long as both are.
 _meshes: dict[int, tuple[DeviceMesh, _Place]] = {}
@@ -272,7 +274,9 @@ def memory(tensor: torch.Tensor) -> memoryview:
     """
     if tensor.numel() == 0:
         return memoryview(bytearray())
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    if tensor.dtype in _NOT_NUMPYS or tensor.dim() > _MOST_NUMPY_DIMS:
+        return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]  # in less than half the time
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:

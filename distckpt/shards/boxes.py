@@ -128,13 +128,10 @@ class _Batch:
     def add(self, file: int, offset: int, target: torch.Tensor, num_bytes: int) -> None:
         """Want all of `target`, which lies in a file in one piece."""
         if num_bytes < SMALL_BYTES:
-            key = file, target.dtype, target.get_device()
-            if key not in self._small:
-                self._small[key] = []
-            self._small[key].append((offset, num_bytes, target))
+            self._small.setdefault((file, target.dtype, target.get_device()), []).append((offset, num_bytes, target))
             self._count(target, num_bytes)
-        elif target.device.type == "cpu" and target.is_contiguous():
-            self._ranges.setdefault(file, []).append(Range(begin=offset, into=memory(target)))
+        elif target.is_cpu and target.is_contiguous():
+            self._ranges.setdefault(file, []).append(Range(offset, memory(target)))
         else:
             self._count(target, num_bytes)
             self._copies.append((target, self._room(file, offset, tuple(target.shape), target)))
@@ -159,7 +156,7 @@ class _Batch:
 
     def _room(self, file: int, offset: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         room = torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
-        self._ranges.setdefault(file, []).append(Range(begin=offset, into=memory(room)))
+        self._ranges.setdefault(file, []).append(Range(offset, memory(room)))
         return room
 
     def _read(self, meanwhile: Callable[[], None] | None = None) -> None:
