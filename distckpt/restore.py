@@ -18,7 +18,7 @@ from typing import Any
 from distckpt import catalog, names, nodecopy
 from distckpt.branches import Home, Origin
 from distckpt.choice import choose, examine, sight
-from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError
+from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
 from distckpt.garbage import kept_off
 from distckpt.loading import Loading, RestoreRequest
 from distckpt.manifest import Manifest
@@ -159,13 +159,19 @@ def _restore(
     left_out: set[str] = set()
     again: set[str] = set()
     while True:
-        chosen, manifest = _chosen(request, left_out, storage=storage, ranks=ranks, origin=origin)
+        trial = _Trial(state, request, left_out, storage=storage, ranks=ranks, origin=origin)
+        verdict = trial.agree()
+        chosen = verdict["chosen"]
         if chosen is None:
             return None
         folder, place, asked = chosen["folder"], storage, request
         if origin is not None and chosen["is_origin"]:
             place, asked = origin.storage, replace(request, heal=False)  # it is not this job's to put aside
-        found = _load(state, asked, chosen, manifest, changed, storage=place, ranks=ranks)
+        loading = trial.loading if verdict["prepared"] else None
+        if loading is None:
+            attempt, manifest = chosen["attempt"], trial.manifest_of(chosen)
+            loading = _loading(state, asked, folder, attempt, manifest, storage=place, ranks=ranks)
+        found = _load(loading, asked, folder, verdict["prepared"], changed, storage=place, ranks=ranks)
         if isinstance(found, Loaded):
             return found
         if found["vanished"]:
@@ -178,40 +184,128 @@ def _restore(
         left_out.add(folder)
 
 
-def _chosen(
-    request: RestoreRequest, left_out: set[str], *, storage: Storage, ranks: Ranks, origin: Origin | None
-) -> tuple[Json, Manifest | None]:
-    """Return what rank 0 chooses, and the manifest of that, if this rank has read it already.
+class _Trial:
+    """One choice of a checkpoint, during which every rank prepares the one that rank 0 will most likely choose.
 
-    While rank 0 reads the manifest of what it will most likely choose, the others read it, too: of many ranks it has
-    megabytes, and would else be read twice, one time after the other.
+    Its manifest has megabytes if there are many ranks; one after the other, rank 0 and then the others would read it.
+
+    Args:
+        state: The user's state.
+        request: What the restore was told.
+        left_out: The folders of checkpoints that are not to be taken.
+        storage: The directory.
+        ranks: All ranks.
+        origin: What the directory's branch went off from.
+
+    Attributes:
+        loading: What this rank has prepared.
     """
-    known: dict[str, Manifest] = {}
-    listed: list[catalog.Folder] | None = None
-    likely: str | None = None
 
-    def look(_: list[None]) -> str | None:
-        nonlocal listed
-        seen = sight(storage, request, origin)
-        listed = seen.folders
-        return seen.folder if seen.folder not in left_out else None
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        request: RestoreRequest,
+        left_out: set[str],
+        *,
+        storage: Storage,
+        ranks: Ranks,
+        origin: Origin | None,
+    ) -> None:
+        self.loading: Loading | None = None
+        self._state = state
+        self._request = request
+        self._left_out = left_out
+        self._storage = storage
+        self._ranks = ranks
+        self._origin = origin
+        self._known: dict[str, Manifest] = {}
+        self._listed: list[catalog.Folder] | None = None
+        self._likely: str | None = None
+        self._chosen: Json = None
+        self._failure: Exception | None = None
 
-    def read_ahead() -> None:
-        if likely is not None and ranks.rank:
-            with contextlib.suppress(DistckptError):  # what is wrong with it, rank 0 sees as well
-                known[likely] = catalog.read_manifest(storage, likely)
+    def agree(self) -> Json:
+        """Return what rank 0 has "chosen", and, if every rank has "prepared" that, with whom each may share reads.
 
-    if ranks.world_size > 1:
-        likely = ranks.agree("restore: choosing a checkpoint", lambda: None, look)
-    chosen = ranks.agree(
-        "restore: choosing a checkpoint",
-        read_ahead,
-        lambda _: choose(storage, request, left_out, known, origin, folders=listed),
+        Ranks: all (collective); blocks until rank 0 has chosen, and all have prepared.
+        """
+        action = "restore: choosing a checkpoint"
+        if self._ranks.world_size > 1:
+            self._likely = self._ranks.agree(action, lambda: None, lambda _: self._look())
+        return self._ranks.agree(action, self._prepare, self._judge)
+
+    def manifest_of(self, chosen: Json) -> Manifest | None:
+        """Return the manifest of what was chosen, if this rank has read it; it may have been saved anew since."""
+        found = self._known.get(chosen["folder"])
+        if chosen["is_origin"] and self._ranks.rank:  # another directory's, which may have a namesake here
+            return None
+        return found if found is not None and found.attempt == chosen["attempt"] else None
+
+    def _look(self) -> str | None:
+        """Rank 0: return what it will most likely choose."""
+        seen = sight(self._storage, self._request, self._origin)
+        self._listed = seen.folders
+        return seen.folder if seen.folder not in self._left_out else None
+
+    def _prepare(self) -> Json:
+        """Rank 0: choose; then all: prepare what it has most likely chosen, and return what came of it, or None."""
+        if self._ranks.rank == 0:
+            try:
+                self._chosen = choose(
+                    self._storage, self._request, self._left_out, self._known, self._origin, folders=self._listed
+                )
+            except Exception as error:  # noqa: BLE001  it is raised once the others have come
+                self._failure = error
+            if self._chosen is None or self._chosen["is_origin"] or self._chosen["folder"] != self._likely:
+                return None
+        if self._likely is None:
+            return None
+        with contextlib.suppress(Exception):  # what is wrong, each rank meets again when it prepares what was chosen
+            manifest = self._known.get(self._likely) or catalog.read_manifest(self._storage, self._likely)
+            self._known[self._likely] = manifest
+            loading = _loading(
+                self._state,
+                self._request,
+                self._likely,
+                manifest.attempt,
+                manifest,
+                storage=self._storage,
+                ranks=self._ranks,
+            )
+            told = loading.prepare()
+            self.loading = loading
+            return {"attempt": manifest.attempt, "told": told}
+        return None
+
+    def _judge(self, facts: list[Json]) -> Json:
+        """Rank 0: return what it has chosen, and whether all have prepared that."""
+        if self._failure is not None:
+            raise self._failure
+        ready = all(fact is not None and fact["attempt"] == self._chosen["attempt"] for fact in facts)
+        prepared = {"teams": nodecopy.teams([fact["told"] for fact in facts])} if ready else None
+        return {"chosen": self._chosen, "prepared": prepared}
+
+
+def _loading(
+    state: Mapping[str, Any],
+    request: RestoreRequest,
+    folder: str,
+    attempt: str,
+    manifest: Manifest | None,
+    *,
+    storage: Storage,
+    ranks: Ranks,
+) -> Loading:
+    return Loading(
+        state,
+        request,
+        storage=storage,
+        folder=folder,
+        attempt=attempt,
+        manifest=manifest,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
-    manifest = None if chosen is None else known.get(chosen["folder"])
-    if manifest is not None and (manifest.attempt != chosen["attempt"] or (chosen["is_origin"] and ranks.rank)):
-        manifest = None  # it was saved anew between the two looks, or is a namesake in another directory
-    return chosen, manifest
 
 
 def _damaged(storage: Storage, folder: str, found: Json) -> CheckpointDamagedError:
@@ -226,28 +320,17 @@ def _damaged(storage: Storage, folder: str, found: Json) -> CheckpointDamagedErr
 
 
 def _load(
-    state: Mapping[str, Any],
+    loading: Loading,
     request: RestoreRequest,
-    chosen: Json,
-    manifest: Manifest | None,
+    folder: str,
+    prepared: Json | None,
     changed: list[bool],
     *,
     storage: Storage,
     ranks: Ranks,
 ) -> Loaded | Json:
     """Load the chosen checkpoint; return what was loaded, or what rank 0 found out about its damage."""
-    folder = chosen["folder"]
     shown = folder or names.MANIFEST
-    loading = Loading(
-        state,
-        request,
-        storage=storage,
-        folder=folder,
-        attempt=chosen["attempt"],
-        manifest=manifest,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
 
     def judge(facts: list[Json]) -> Json:
         bad = [fact["damage"] for fact in facts if fact["damage"] is not None]
@@ -257,7 +340,10 @@ def _load(
         }
 
     with contextlib.closing(loading), _noting(loading, changed):
-        verdict = ranks.agree(f"restore: checking {shown}", partial(_told, loading.prepare), judge)
+        if prepared is not None:
+            verdict = {"found": None, **prepared}
+        else:
+            verdict = ranks.agree(f"restore: checking {shown}", partial(_told, loading.prepare), judge)
         work: list[tuple[str, Callable[[], Json]]] = [("reading", loading.read)]
         if verdict["teams"] is not None:
             part = nodecopy.part_of(verdict["teams"], ranks.rank)

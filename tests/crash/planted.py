@@ -11,12 +11,11 @@ import disk
 import pytest
 
 from distckpt import CheckpointManager, background, catalog, choice, commit, datafiles, manager, names, saver
-from distckpt import ranks as ranks_module
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
 from distckpt.lease import Lease
 from distckpt.leasefiles import Seen
 from distckpt.manifest import Manifest
-from distckpt.restore import RestoreRequest
+from distckpt.restore import RestoreRequest, _Trial
 from distckpt.retention import Retention
 from distckpt.saver import Saver
 from distckpt.shards import RankShare, write_share
@@ -170,12 +169,11 @@ def newest_taken_though_it_is_not_whole(patch: Patch) -> None:
 
 @planted(("reader", "disk-kill"), ("reader", "bucket-kill"))
 def each_rank_picks_by_itself(patch: Patch) -> None:
-    real = ranks_module.Ranks.agree
+    def agree(self: Any) -> Any:
+        chosen = choice.choose(self._storage, self._request, self._left_out, self._known, self._origin)
+        return {"chosen": chosen, "prepared": None}
 
-    def agree(self: Any, action: str, work: Any, decide: Any, **options: Any) -> Any:
-        return decide([work()]) if "choosing" in action else real(self, action, work, decide, **options)
-
-    patch.setattr(ranks_module.Ranks, "agree", agree)
+    patch.setattr(_Trial, "agree", agree)
 
 
 @planted(("first-save", "disk-kill"), ("first-save", "disk-power"))

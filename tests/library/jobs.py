@@ -16,7 +16,7 @@ from torch import nn
 
 import distckpt
 from benchmarks.kernel import counters
-from distckpt import CheckpointManager, PerRank, catalog
+from distckpt import CheckpointManager, PerRank, catalog, loading
 from distckpt.errors import RankTimeoutError
 from distckpt.manifest import Manifest
 from distckpt.preparation import SaveRequest, prepare
@@ -109,26 +109,43 @@ def restore_run(directory: str, seed: int = 7) -> dict[str, Any]:
     }
 
 
-def restore_and_count_manifests(directory: str, *, mistaken: bool = False) -> tuple[int | None, dict[str, Any], int]:
-    """Restore; return the step, the facts, and how many manifests this rank has parsed.
+def restore_and_watch(directory: str, trouble: str = "") -> dict[str, Any]:
+    """Restore; return the "step", the "facts", how many manifests this rank has "parsed", and at what ranks "met".
 
     Args:
         directory: The run.
-        mistaken: Whether other ranks than 0 read an older manifest than rank 0 while it chooses.
+        trouble: Of other ranks than 0 while rank 0 chooses: they read an "older" manifest, or what they prepare
+            "fails". With none, the ranks have to be at their manifests at one time.
     """
-    state, parsed = build(7), []
-    real = catalog.parsed_manifest
+    state, parsed, met, matched = build(7), [], [], []
+    real_parse, real_agree, real_match = catalog.parsed_manifest, Ranks.agree, loading.match
+    is_other = dist.get_rank() > 0
 
     def parse(storage: Storage, folder: str, data: bytes) -> Manifest:
-        if mistaken and not parsed and dist.get_rank():
+        if trouble == "older" and is_other and not parsed:
             folder = catalog.scan(storage)[0].name
             data = catalog.manifest_data(storage, folder)
+        if not trouble:
+            dist.monitored_barrier(timeout=timedelta(seconds=20))
         parsed.append(folder)
-        return real(storage, folder, data)
+        return real_parse(storage, folder, data)
+
+    def match(*args: Any, **kwargs: Any) -> Any:
+        matched.append(1)
+        if trouble == "fails" and is_other and len(matched) == 1:
+            raise OSError("once")
+        return real_match(*args, **kwargs)
+
+    def agree(ranks: Ranks, action: str, *args: Any, **kwargs: Any) -> Any:
+        met.append(action.removeprefix("restore: ").split(" ")[0])
+        return real_agree(ranks, action, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, CheckpointManager(directory) as ckpt:
         patch.setattr(catalog, "parsed_manifest", parse)
-        return ckpt.restore(state), facts(state), len(parsed)
+        patch.setattr(loading, "match", match)
+        patch.setattr(Ranks, "agree", agree)
+        step = ckpt.restore(state)
+    return {"step": step, "facts": facts(state), "parsed": len(parsed), "met": met}
 
 
 def restore_without_torchrun(directory: str) -> dict[str, Any]:

@@ -145,13 +145,23 @@ def test_a_later_save_takes_less_than_a_kilobyte_on_the_wire_however_many_tensor
     assert max(many) - max(few) < 100
 
 
-def test_every_rank_reads_the_manifest_once_and_the_others_while_rank_0_chooses(ranks: RankPools, tmp_path: Path):
+def test_all_ranks_read_the_manifest_at_once_and_prepare_while_rank_0_chooses(ranks: RankPools, tmp_path: Path):
     saved = ranks(2).run(jobs.save_run, str(tmp_path / "run"), "sharded", 4)
-    for step, facts, num_parsed in ranks(2).run(jobs.restore_and_count_manifests, str(tmp_path / "run")):
-        assert (step, facts, num_parsed) == (4, saved[0]["facts"], 1)
-    first, second = ranks(2).run(jobs.restore_and_count_manifests, str(tmp_path / "run"), mistaken=True)
-    assert first[:2] == second[:2] == (4, saved[0]["facts"])
-    assert (first[2], second[2]) == (1, 2)
+    for found in ranks(2).run(jobs.restore_and_watch, str(tmp_path / "run")):
+        assert (found["step"], found["facts"], found["parsed"]) == (4, saved[0]["facts"], 1)
+        assert found["met"] == ["choosing", "choosing", "reading", "loading"]
+
+
+@pytest.mark.parametrize(("trouble", "num_parsed"), [("older", 2), ("fails", 1)])
+def test_what_a_rank_could_not_prepare_meanwhile_all_prepare_again(
+    ranks: RankPools, tmp_path: Path, trouble: str, num_parsed: int
+):
+    saved = ranks(2).run(jobs.save_run, str(tmp_path / "run"), "sharded", 4)
+    first, second = ranks(2).run(jobs.restore_and_watch, str(tmp_path / "run"), trouble)
+    for found in (first, second):
+        assert (found["step"], found["facts"]) == (4, saved[0]["facts"])
+        assert found["met"] == ["choosing", "choosing", "checking", "reading", "loading"]
+    assert (first["parsed"], second["parsed"]) == (1, num_parsed)
 
 
 def test_what_ranks_say_to_each_other_does_not_stay_in_the_store(ranks: RankPools, tmp_path: Path):
