@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import xxhash
 
 from benchmarks.states import State, view
 
 PIECE_BYTES = 16 << 20
+HASHED_BYTES = 4 << 20  # of 256 KiB to 4 MiB the quickest
 ALIGNMENT_BYTES = 4096  # what direct writes need at most
 _MOST_BUFFERS = 512  # below the system's limit of buffers a call
 NUM_THREADS = min(8, len(os.sched_getaffinity(0)))  # of reads and direct writes; also of peers that are tuned
@@ -104,10 +106,13 @@ class RawRead:
         state: What is filled.
         part: Of several ranks, which one this is; each begins with a part of its own, so that the device is read once.
         num_parts: The number of ranks.
+        hashed: Whether each piece is hashed once it is there, while the processor's cache holds it: what a load that
+            checks digests cannot go below. The digests are compared with nothing.
     """
 
-    def __init__(self, state: State, *, part: int = 0, num_parts: int = 1) -> None:
+    def __init__(self, state: State, *, part: int = 0, num_parts: int = 1, hashed: bool = False) -> None:
         self._state = state
+        self._hashed = hashed
         self._host: list[torch.Tensor] = []
         if state.device == "cuda":
             self._host = [torch.empty_like(each, device="cpu").pin_memory() for each in state.tensors().values()]
@@ -116,30 +121,37 @@ class RawRead:
     def read(self, path: Path) -> None:
         """Fill the tensors, which may be others than at the time before: some peers replace them."""
         tensors = [tensor.detach() for tensor in self._state.tensors().values()]
-        tasks = _reads([view(each) for each in self._host or tensors])
+        most = HASHED_BYTES if self._hashed else PIECE_BYTES
+        tasks = _reads([view(each) for each in self._host or tensors], most)
         first = self._part * len(tasks) // self._num_parts
         fd = os.open(path, os.O_RDONLY)
         try:
-            _spread(
-                lambda task: _read_full(fd, task[0], task[1]), tasks[first:] + tasks[:first], num_threads=NUM_THREADS
-            )
+            _spread(lambda task: self._bring(fd, *task), tasks[first:] + tasks[:first], num_threads=NUM_THREADS)
         finally:
             os.close(fd)
         if self._host:
             torch._foreach_copy_(tensors, self._host, non_blocking=True)
             torch.cuda.synchronize()
 
+    def _bring(self, fd: int, offset: int, buffers: list[memoryview]) -> None:
+        _read_full(fd, offset, buffers)
+        if self._hashed:
+            whole = xxhash.xxh3_128()
+            for buffer in buffers:
+                whole.update(buffer)
+            whole.digest()
 
-def _reads(memory: Sequence[memoryview]) -> list[tuple[int, list[memoryview]]]:
+
+def _reads(memory: Sequence[memoryview], most: int) -> list[tuple[int, list[memoryview]]]:
     """Return what to read in one call each: a place in the file, and the memory that it fills."""
     tasks: list[tuple[int, list[memoryview]]] = []
     offset, room = 0, 0
     for whole in memory:
-        for begin in range(0, len(whole), PIECE_BYTES):
-            piece = whole[begin : begin + PIECE_BYTES]
+        for begin in range(0, len(whole), most):
+            piece = whole[begin : begin + most]
             if len(piece) > room or len(tasks[-1][1]) == _MOST_BUFFERS:
                 tasks.append((offset, []))
-                room = PIECE_BYTES
+                room = most
             tasks[-1][1].append(piece)
             room -= len(piece)
             offset += len(piece)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import states
+from benchmarks import ceilings, states
 from benchmarks.ceilings import ALIGNMENT_BYTES, PIECE_BYTES, MemoryCopy, RawBytes, RawRead, write_state
 
 
@@ -35,13 +35,33 @@ def test_training_changes_a_state(state: states.State) -> None:
     assert (state.digest() == before) == (state.name == "small")
 
 
-def test_scrambling_is_found_out_and_a_raw_read_brings_all_back(state: states.State, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hashed", [False, True])
+def test_scrambling_is_found_out_and_a_raw_read_brings_all_back(
+    state: states.State, hashed: bool, tmp_path: Path
+) -> None:
     before = state.digest()
     write_state(state, tmp_path / "raw")
     state.scramble()
     assert state.digest() != before
-    RawRead(state).read(tmp_path / "raw")
+    RawRead(state, hashed=hashed).read(tmp_path / "raw")
     assert state.digest() == before
+
+
+def test_a_hashed_raw_read_hashes_every_byte_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = states.make("resnet50", "tiny")
+    write_state(state, tmp_path / "raw")
+    hashed: list[int] = []
+
+    class Counting:
+        def update(self, data: memoryview) -> None:
+            hashed.append(len(data))
+
+        def digest(self) -> None:
+            pass
+
+    monkeypatch.setattr(ceilings.xxhash, "xxh3_128", Counting)
+    RawRead(state, hashed=True).read(tmp_path / "raw")
+    assert sum(hashed) == state.num_bytes
 
 
 def test_ranks_that_begin_elsewhere_read_the_same(state: states.State, tmp_path: Path) -> None:
