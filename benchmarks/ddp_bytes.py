@@ -44,11 +44,14 @@ def measure_state(state: State, options: Options, team: Team) -> None:
     savers, absent = open_savers(state, team, options.only)
     makers, not_made = openable(state, team, options.only)
     cells: dict[str, Cell] = {}
+    directory = options.directory / state.name  # of its own: a manager's last word may come after its cell is done
+    if team.rank == 0:
+        directory.mkdir()
     for name, saver in savers.items():
-        cells[name] = bytes_cell(state, saver, options.directory / f"a-{len(cells)}", team)
+        cells[name] = bytes_cell(state, saver, directory / f"{len(cells)}", team)
     for name, make in makers.items():
         if name != RAW:
-            cells[f"{name}, background"] = background_cell(state, make, options.directory / f"b-{len(cells)}", team)
+            cells[f"{name}, background"] = background_cell(state, make, directory / f"{len(cells)}", team)
     run = interleave(cells, team=team, rules=Rules(num_rounds=1))
     for saver in savers.values():
         saver.close()

@@ -22,7 +22,7 @@ SCRIPTS = {
     "async_stall": ["--states", "gpt2-medium"],
     "load": ["--states", "gpt2-medium"],
     "small_tensors": [],
-    "ddp_bytes": ["--states", "gpt2-medium"],
+    "ddp_bytes": ["--states", "gpt2-medium", "small"],
     "collectives": [],
     "gpu_limits": [],
 }
