@@ -9,10 +9,13 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+
+LONGEST_WAIT_S = 600.0  # for a rank: a peer that fails on one of them only has left the others waiting
 
 Value = TypeVar("Value")
 Backend = Literal["gloo", "nccl"]
@@ -41,7 +44,7 @@ class Team:
             dist.init_process_group(BACKENDS[backend], init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self._group: Any = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=LONGEST_WAIT_S))
 
     def barrier(self) -> None:
         """Return once every rank is here."""
