@@ -134,7 +134,7 @@ def draw(question: Question, found: Sequence[Panel], subtitle: str, path: Path) 
     num_columns = min(len(found), MOST_PANELS)
     num_rows = -(-len(found) // num_columns)
     most_bars = max(len(panel.bars) for panel in found)
-    height = 0.7 + num_rows * (0.75 + 0.26 * most_bars)
+    height = 0.7 + num_rows * (0.9 + 0.26 * most_bars)
     figure, grid = pyplot.subplots(
         *(num_rows, num_columns), figsize=(WIDTH_INCHES, height), layout="constrained", squeeze=False, facecolor="white"
     )
@@ -163,7 +163,8 @@ def _draw_panel(axes: Any, panel: Panel, question: Question) -> None:
         value, name = panel.limit
         axes.axvline(value, color=LIMIT, linewidth=1.4, linestyle="--")
         axes.set_title(f"- - {name}: {value:.2g}", fontsize=7.5, loc="right", color=LIMIT)
-    axes.set_title(panel.title, fontsize=9.5, loc="left")
+    above = "\n" if panel.limit is not None else ""  # in a line of its own: the two may be wider than a panel
+    axes.set_title(f"{panel.title}{above}", fontsize=9.5, loc="left")
     axes.set_xlabel(question.unit, fontsize=8)
     axes.tick_params(labelsize=8)
     for label, (name, *_) in zip(axes.get_yticklabels(), panel.bars, strict=True):
