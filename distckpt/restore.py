@@ -18,7 +18,7 @@ from typing import Any
 from distckpt import catalog, names, nodecopy
 from distckpt.branches import Home, Origin
 from distckpt.choice import choose, examine, sight
-from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
+from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError
 from distckpt.garbage import kept_off
 from distckpt.loading import Loading, RestoreRequest
 from distckpt.manifest import Manifest
@@ -260,7 +260,7 @@ class _Trial:
                 return None
         if self._likely is None:
             return None
-        with contextlib.suppress(Exception):  # what is wrong, each rank meets again when it prepares what was chosen
+        with contextlib.suppress(DistckptError):  # who prepares what was chosen meets it again
             manifest = self._known.get(self._likely) or catalog.read_manifest(self._storage, self._likely)
             self._known[self._likely] = manifest
             loading = _loading(

@@ -17,7 +17,7 @@ from torch import nn
 import distckpt
 from benchmarks.kernel import counters
 from distckpt import CheckpointManager, PerRank, catalog, loading
-from distckpt.errors import RankTimeoutError
+from distckpt.errors import RankFailedError, RankTimeoutError, StorageError
 from distckpt.manifest import Manifest
 from distckpt.preparation import SaveRequest, prepare
 from distckpt.ranks import Ranks
@@ -133,7 +133,7 @@ def restore_and_watch(directory: str, trouble: str = "") -> dict[str, Any]:
     def match(*args: Any, **kwargs: Any) -> Any:
         matched.append(1)
         if trouble == "fails" and is_other and len(matched) == 1:
-            raise OSError("once")
+            raise StorageError(path=directory, action="read", cause="it fails once")
         return real_match(*args, **kwargs)
 
     def agree(ranks: Ranks, action: str, *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +146,22 @@ def restore_and_watch(directory: str, trouble: str = "") -> dict[str, Any]:
         patch.setattr(Ranks, "agree", agree)
         step = ckpt.restore(state)
     return {"step": step, "facts": facts(state), "parsed": len(parsed), "met": met}
+
+
+def fail_to_match(directory: str, *, victim: int) -> str:
+    """Restore while one rank's state raises what distckpt does not know; return what this rank was told."""
+
+    def match(*args: Any, **kwargs: Any) -> Any:
+        raise ArithmeticError("made by the test")
+
+    with pytest.MonkeyPatch.context() as patch, CheckpointManager(directory) as ckpt:
+        if dist.get_rank() == victim:
+            patch.setattr(loading, "match", match)
+        try:
+            ckpt.restore(build(7))
+        except RankFailedError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def restore_without_torchrun(directory: str) -> dict[str, Any]:

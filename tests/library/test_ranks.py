@@ -164,6 +164,13 @@ def test_what_a_rank_could_not_prepare_meanwhile_all_prepare_again(
     assert (first["parsed"], second["parsed"]) == (1, num_parsed)
 
 
+def test_an_error_of_another_kind_while_rank_0_chooses_is_told_at_once(ranks: RankPools, tmp_path: Path):
+    ranks(2).run(jobs.save_run, str(tmp_path / "run"), "sharded", 4)
+    for error in ranks(2).run(jobs.fail_to_match, str(tmp_path / "run"), victim=1):
+        assert error.startswith("RankFailedError: restore: choosing a checkpoint abandoned: rank 1 "), error
+        assert "ArithmeticError: made by the test" in error
+
+
 def test_what_ranks_say_to_each_other_does_not_stay_in_the_store(ranks: RankPools, tmp_path: Path):
     for numbers in ranks(3).run(jobs.count_keys_in_the_store, str(tmp_path / "run")):
         assert max(numbers[1:]) == numbers[1]
