@@ -106,8 +106,8 @@ class RawRead:
         state: What is filled.
         part: Of several ranks, which one this is; each begins with a part of its own, so that the device is read once.
         num_parts: The number of ranks.
-        hashed: Whether each piece is hashed once it is there, while the processor's cache holds it: what a load that
-            checks digests cannot go below. The digests are compared with nothing.
+        hashed: Whether each piece is hashed once it is there, while the processor's cache holds it, as a load does that
+            checks digests. They are compared with nothing.
     """
 
     def __init__(self, state: State, *, part: int = 0, num_parts: int = 1, hashed: bool = False) -> None:

@@ -156,10 +156,11 @@ def _restore(
     origin: Origin | None,
 ) -> Loaded | None:
     """Restore, and note in `changed` whether a try has changed the state."""
+    new_loading = partial(Loading, state, rank=ranks.rank, world_size=ranks.world_size)
     left_out: set[str] = set()
     again: set[str] = set()
     while True:
-        trial = _Trial(state, request, left_out, storage=storage, ranks=ranks, origin=origin)
+        trial = _Trial(new_loading, request, left_out, storage=storage, ranks=ranks, origin=origin)
         verdict = trial.agree()
         chosen = verdict["chosen"]
         if chosen is None:
@@ -170,7 +171,7 @@ def _restore(
         loading = trial.loading if verdict["prepared"] else None
         if loading is None:
             attempt, manifest = chosen["attempt"], trial.manifest_of(chosen)
-            loading = _loading(state, asked, folder, attempt, manifest, storage=place, ranks=ranks)
+            loading = new_loading(asked, storage=place, folder=folder, attempt=attempt, manifest=manifest)
         found = _load(loading, asked, folder, verdict["prepared"], changed, storage=place, ranks=ranks)
         if isinstance(found, Loaded):
             return found
@@ -190,7 +191,7 @@ class _Trial:
     Its manifest has megabytes if there are many ranks; one after the other, rank 0 and then the others would read it.
 
     Args:
-        state: The user's state.
+        new_loading: Makes a `Loading` into the user's state.
         request: What the restore was told.
         left_out: The folders of checkpoints that are not to be taken.
         storage: The directory.
@@ -203,7 +204,7 @@ class _Trial:
 
     def __init__(
         self,
-        state: Mapping[str, Any],
+        new_loading: Callable[..., Loading],
         request: RestoreRequest,
         left_out: set[str],
         *,
@@ -212,7 +213,7 @@ class _Trial:
         origin: Origin | None,
     ) -> None:
         self.loading: Loading | None = None
-        self._state = state
+        self._new_loading = new_loading
         self._request = request
         self._left_out = left_out
         self._storage = storage
@@ -263,14 +264,12 @@ class _Trial:
         with contextlib.suppress(DistckptError):  # who prepares what was chosen meets it again
             manifest = self._known.get(self._likely) or catalog.read_manifest(self._storage, self._likely)
             self._known[self._likely] = manifest
-            loading = _loading(
-                self._state,
+            loading = self._new_loading(
                 self._request,
-                self._likely,
-                manifest.attempt,
-                manifest,
                 storage=self._storage,
-                ranks=self._ranks,
+                folder=self._likely,
+                attempt=manifest.attempt,
+                manifest=manifest,
             )
             told = loading.prepare()
             self.loading = loading
@@ -284,28 +283,6 @@ class _Trial:
         ready = all(fact is not None and fact["attempt"] == self._chosen["attempt"] for fact in facts)
         prepared = {"teams": nodecopy.teams([fact["told"] for fact in facts])} if ready else None
         return {"chosen": self._chosen, "prepared": prepared}
-
-
-def _loading(
-    state: Mapping[str, Any],
-    request: RestoreRequest,
-    folder: str,
-    attempt: str,
-    manifest: Manifest | None,
-    *,
-    storage: Storage,
-    ranks: Ranks,
-) -> Loading:
-    return Loading(
-        state,
-        request,
-        storage=storage,
-        folder=folder,
-        attempt=attempt,
-        manifest=manifest,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
 
 
 def _damaged(storage: Storage, folder: str, found: Json) -> CheckpointDamagedError:

@@ -53,8 +53,13 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, name: str):
         torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
         torch.complex(torch.ones(3), torch.arange(3.0)).conj(),
         torch.full((3,), float("nan")),
+        torch.arange(20_000.0).reshape(*[1] * 40, 20_000),
+        torch.arange(40_000).to(torch.bfloat16).reshape(2, 20_000),
     ],
-    ids=["transposed", "strided", "empty", "scalar", "expanded", "channels last", "conjugate", "nan"],
+    ids=[
+        *("transposed", "strided", "empty", "scalar", "expanded", "channels last", "conjugate", "nan"),
+        *("of many dimensions", "large and unknown to NumPy"),
+    ],
 )
 def test_odd_tensors_come_back_the_same(tmp_path: Path, tensor: torch.Tensor):
     distckpt.save(tmp_path, {"x": tensor})
