@@ -52,6 +52,13 @@ class Writing:
         """
         self._work = self._threads.pool.submit(self._work_quietly, work, tell)
 
+    def prewarm(self) -> None:
+        """Start the thread, unless it is there; no save is in flight.
+
+        Ranks: any; blocks until it runs.
+        """
+        self._threads.pool.submit(lambda: None).result()
+
     def join(self) -> None:
         """Return once no save is in flight; a failure is kept.
 

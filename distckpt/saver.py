@@ -202,7 +202,7 @@ class Saver:
         self._tier.leave(in_good_order=in_good_order and self.uses_tier and self._tenure.has_begun)
 
     def prewarm(self, state: Mapping[str, Any], *, ranks: Ranks) -> int:
-        """Plan and allocate what a save of `state` needs; return this rank's bytes.
+        """Plan and allocate what a save of `state` needs, its thread too; return this rank's bytes.
 
         Raises:
             As `commit.prewarm` and `await_commit` do.
@@ -210,6 +210,8 @@ class Saver:
         Ranks: all (collective); blocks until the save before is committed and all ranks have come.
         """
         self.await_commit()
+        if self._background:
+            self._writing.prewarm()
         return prewarm(state, self._request(0, None, ranks), ranks=ranks, workspace=self._workspace)
 
     def agreed_busy(self, step: int, *, ranks: Ranks) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+import torch
 
 import distckpt
 from distckpt import CheckpointManager
@@ -191,6 +192,16 @@ def test_prewarming_tells_the_bytes_of_the_share_and_writes_nothing(tmp_path: Pa
         [saved] = ckpt.checkpoints
         assert 0 <= saved.num_bytes - num_bytes < 32_768  # with or without the headers of the data files
         assert ckpt.prewarm(state) == num_bytes
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_prewarming_starts_the_thread_that_will_write(tmp_path: Path, *, background: bool):
+    before = set(threading.enumerate())
+    with CheckpointManager(tmp_path / "run", background=background) as ckpt:
+        ckpt.prewarm({"x": torch.ones(3)})
+        started = [thread.name for thread in threading.enumerate() if thread not in before]
+        assert [name.startswith("distckpt-write") for name in started] == [True] * background
+        ckpt.save(1, {"x": torch.ones(3)})
 
 
 def test_a_file_in_the_directorys_place_is_one_clear_error(tmp_path: Path):
