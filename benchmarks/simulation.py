@@ -139,9 +139,9 @@ def simulated_state(kind: Kind, num_tensors: int, rank: int, world_size: int) ->
     if kind not in ON_MESHES:
         yield {"model": {name: torch.zeros(_ITEMS) for name in keys}}
         return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  makes "fake" known
 
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=dist.HashStore())
     try:
         sizes = mesh_sizes(kind, world_size)
         # Torch caches what it finds out of a mesh, this rank's place in it, too, for every mesh that equals it.

@@ -16,6 +16,7 @@ from typing import Any
 import kubernetes_validate
 import psutil
 import pytest
+import torch
 import yaml
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import TrainerV1alpha1TrainingRuntime
@@ -215,7 +216,8 @@ def test_all_pods_start_again_where_the_first_is_evicted_and_that_is_no_failure(
     pods[-1].process.send_signal(signal.SIGTERM)
     assert [pod.wait() for pod in pods] == [PREEMPTED, PREEMPTED], cluster.said()
     assert verdict(job, PREEMPTED) == "Ignore"
-    assert "120.0 s left" in cluster.said()
+    grace_s = 120 if torch.__version__ >= "2.12" else 30  # before, torchrun did not let itself be told
+    assert f"{grace_s:.1f} s left" in cluster.said()
     saved = last_step(cluster.run)
     pods = [cluster.start(1), cluster.start(0)]
     assert [pod.wait() for pod in pods] == [0, 0], cluster.said()
