@@ -34,6 +34,7 @@ class HostMemory:
         tensor: The buffer as a tensor, uint8.
         view: The same as bytes.
         is_pinned: Whether it is pinned.
+        was_to_be_pinned: Whether that was asked for; the system may have refused it.
 
     Raises:
         MemoryError: There is not as much memory.
@@ -49,6 +50,7 @@ class HostMemory:
         self.view = memoryview(mapped)
         address = self.tensor.data_ptr()
         _touch(address, size)
+        self.was_to_be_pinned = pinned
         self.is_pinned = pinned and _pin(address, size)
         if self.is_pinned:
             weakref.finalize(self, _unpin, address)

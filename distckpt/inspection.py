@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from distckpt.checksum import digest
+from distckpt.devicecopy import OnDevice
 from distckpt.divergence import Difference, differences
 from distckpt.errors import NonFiniteStateError, StateDivergedError
 from distckpt.fileplan import FilePlan
@@ -57,21 +58,21 @@ class Sampled:
     """
 
     pieces: tuple[tuple[str, int], ...]
-    data: tuple[torch.Tensor, ...]
+    data: tuple[OnDevice, ...]
 
     def digest(self) -> str:
         """Return one digest for all.
 
         Ranks: any; blocks on a copy from each device.
         """
-        return digest(*(host_bytes(part) for part in self.data))
+        return digest(*(part.on_host() for part in self.data))
 
     def digests(self) -> dict[str, str]:
         """Return the digest of each tensor's piece, by its name.
 
         Ranks: any; blocks as `digest` does.
         """
-        data, offset, found = memoryview(b"".join(bytes(host_bytes(part)) for part in self.data)), 0, {}
+        data, offset, found = memoryview(b"".join(bytes(part.on_host()) for part in self.data)), 0, {}
         for name, num_bytes in self.pieces:
             found[name] = digest(data[offset : offset + num_bytes])
             offset += num_bytes
@@ -151,7 +152,7 @@ class Inspection:
         with torch.no_grad():
             return Sampled(
                 pieces=tuple((name, part.numel()) for on_device in parts.values() for name, part in on_device),
-                data=tuple(_copied([part for _, part in on_device]) for on_device in parts.values()),
+                data=tuple(OnDevice(_copied([part for _, part in on_device])) for on_device in parts.values()),
             )
 
     def _learn(self, objects: Sequence[FlatObject]) -> None:

@@ -80,7 +80,7 @@ class CheckpointManager:
         when_busy: What a save does that finds one in flight: "wait" for it, "skip" with a warning, or "raise". The last
             save of `steps`, and that of a preemption, wait.
         overlap: Whether a GPU goes on training while it copies what changes only in an optimizer's step; that step then
-            waits for the copy. False, if parameters are changed by other means between a save and the next step.
+            waits for the copy. False, if parameters change by other means before it: that save is refused, if found.
         check_replicas: What happens if ranks differ in their copies of the same parameters or optimizer states:
             "warn", not to save it ("error"), or nothing is compared ("off"). Each save compares another 1 MB.
         check_finite: What happens if parameters or optimizer states hold NaN or infinities: "warn", not to save it

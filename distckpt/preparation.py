@@ -233,7 +233,10 @@ def _share(
 
 
 def _patience(state: Mapping[str, Any], objects: Sequence[FlatObject], num_tensors: int) -> list[bool]:
-    """Say of each tensor whether it changes only in an optimizer's step; only of those on a GPU it matters."""
+    """Say of each tensor whether it changes only in an optimizer's step; only of those on a GPU it matters.
+
+    What an optimizer's groups hold, such as a learning rate, is for others to change, too.
+    """
     patience = [False] * num_tensors
     if not any(tensor.is_cuda for o in objects for tensor in o.tensors):
         return patience
@@ -241,9 +244,13 @@ def _patience(state: Mapping[str, Any], objects: Sequence[FlatObject], num_tenso
     trained = {local(p).data_ptr() for each in optimizers for group in each.param_groups for p in group["params"]}
     place = 0
     for o in objects:
-        for tensor in o.tensors:
-            is_parameter = o.kind == "module" and local(tensor).data_ptr() in trained
-            patience[place] = tensor.is_cuda and (o.kind == "optimizer" or is_parameter)
+        kept = f"{o.key}.state."
+        for name, tensor in zip(o.structure.names, o.tensors, strict=True):
+            if tensor.is_cuda and o.kind == "module":
+                patience[place] = local(tensor).data_ptr() in trained
+            elif tensor.is_cuda and o.kind == "optimizer":
+                bare = name.partition(":")[2] if o.per_rank else name
+                patience[place] = bare.startswith(kept)
             place += 1
     return patience
 

@@ -18,6 +18,7 @@ from typing import Any
 from distckpt import catalog, names, nodecopy
 from distckpt.branches import Home, Origin
 from distckpt.choice import choose, examine, sight
+from distckpt.devicecopy import hold_up
 from distckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, DistckptError
 from distckpt.garbage import kept_off
 from distckpt.loading import Loading, RestoreRequest
@@ -77,6 +78,7 @@ def restore(
     Ranks: all (collective); blocks until every rank has loaded.
     """
     changed: list[bool] = []
+    hold_up()  # what is being copied for a save is not to be read into before
     try:
         return _restore(state, request, changed, storage=storage, ranks=ranks, origin=origin)
     except BaseException as error:

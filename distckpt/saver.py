@@ -327,7 +327,7 @@ class Saver:
         Ranks: any.
         """
         self._writing.close()
-        self._workspace.hasher.close()
+        self._workspace.close()
 
     def _pass_over(self, step: int, ranks: Ranks) -> None:
         """Refuse or skip a save, as the one before is still in flight."""

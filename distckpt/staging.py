@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from distckpt.datafiles import SEGMENT_BYTES
-from distckpt.devicecopy import DeviceCopy, Move
+from distckpt.devicecopy import DeviceCopy
 from distckpt.fileplan import FilePlan
 from distckpt.hostmemory import HostMemory
 from distckpt.plan import Block
@@ -39,6 +39,20 @@ class _Step(NamedTuple):
     end: int
 
 
+class Move(NamedTuple):
+    """One piece of a copy, and what it completes.
+
+    Attributes:
+        sources: What is copied.
+        targets: Where to.
+        end: How much of the file is there after it, in bytes.
+    """
+
+    sources: Sequence[torch.Tensor]
+    targets: Sequence[torch.Tensor]
+    end: int
+
+
 class Staging:
     """Host memory that is kept from save to save, in the form of this rank's data file.
 
@@ -50,6 +64,7 @@ class Staging:
         self._plan: FilePlan | None = None
         self._views: list[torch.Tensor] = []
         self._steps: list[_Step] = []
+        self._under_way: DeviceCopy | None = None
 
     def reserve(self, plan: FilePlan, *, pinned: bool = False) -> int:
         """Make room for a file of this plan, unless it is there; return its size in bytes.
@@ -59,10 +74,12 @@ class Staging:
 
         Ranks: any.
         """
-        if plan is self._plan and (self._memory is None or self._memory.is_pinned or not pinned):
-            return plan.num_bytes
         memory = self._memory
-        if memory is None or len(memory.view) < plan.num_bytes or (pinned and not memory.is_pinned):
+        will_do = memory is not None and (memory.was_to_be_pinned or not pinned)
+        if plan is self._plan and will_do:
+            return plan.num_bytes
+        self.settle()
+        if memory is None or not will_do or len(memory.view) < plan.num_bytes:
             self._views, self._plan, self._memory, memory = [], None, None, None  # let go of the old one first
             memory = self._memory = HostMemory(plan.num_bytes, pinned=pinned)
         memory.view[: len(plan.header)] = plan.header
@@ -88,23 +105,37 @@ class Staging:
 
         Ranks: any.
         """
+        self.settle()
         devices = {tensor.device for tensor in sources if tensor.is_cuda}
         self.reserve(plan, pinned=bool(devices))
-        assert self._memory is not None
-        moves = self._moves(sources, patient or [False] * len(sources))
-        copy = (
-            DeviceCopy(list(moves), devices.pop()) if len(devices) == 1 else HostCopy(self._views, sources, moves=moves)
-        )
-        return Staged(self._memory.view[: plan.num_bytes], plan, copy)
+        memory = self._memory
+        assert memory is not None
+        copy: HostCopy | DeviceCopy
+        if len(devices) == 1:
+            patient = patient or [False] * len(sources)
+            copy = DeviceCopy(memory, plan, self._views, sources, patient=patient, device=devices.pop())
+            self._under_way = copy
+        else:
+            copy = HostCopy(self._views, sources, moves=self._moves(sources))
+        return Staged(memory.view[: plan.num_bytes], plan, copy)
 
-    def _moves(self, sources: Sequence[torch.Tensor], patient: Sequence[bool]) -> Iterator[Move]:
+    def settle(self) -> None:
+        """Return once no GPU writes to the memory any more, also of a save that has failed.
+
+        Ranks: any; blocks on the GPU.
+        """
+        if self._under_way is not None:
+            self._under_way.wait()
+            self._under_way = None
+
+    def _moves(self, sources: Sequence[torch.Tensor]) -> Iterator[Move]:
         """Yield the copy's pieces."""
         for step in self._steps:
             views, tensors = self._views[step.first : step.last], list(sources[step.first : step.last])
             if step.span is not None and tensors[0].is_contiguous():
                 views = [views[0].view(-1).narrow(0, *step.span)]
                 tensors = [tensors[0].detach().view(-1).narrow(0, *step.span)]
-            yield Move(tensors, views, patient[step.first : step.last], step.end)
+            yield Move(tensors, views, step.end)
 
 
 class HostCopy:

@@ -13,6 +13,7 @@ from torch import nn
 from distckpt import catalog, names
 from distckpt.applying import apply
 from distckpt.dcp_folders import is_dcp, read_dcp
+from distckpt.devicecopy import hold_up
 from distckpt.errors import CheckpointDamagedError, StateMismatchError
 from distckpt.foreign import find_weights, is_foreign_file, read_file
 from distckpt.loading import read_tensors
@@ -61,6 +62,7 @@ def load_weights(
     Ranks: any; each rank reads by itself.
     """
     text = os.fspath(path)
+    hold_up()  # the model may be being copied for a save
     if is_foreign_file(text) or is_dcp(text):
         content = read_file(text, storage_options=storage_options) if is_foreign_file(text) else read_dcp(text)
         _load_foreign(text, content, model, key=key, selection=Selection(skip=tuple(skip), only=tuple(only)))

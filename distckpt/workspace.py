@@ -145,6 +145,14 @@ class Workspace:
         self._made_for: list[Any] = []
         self._share: Share | None = None
 
+    def close(self) -> None:
+        """Let go of what goes on by itself, once no save is in flight.
+
+        Ranks: any; blocks on a GPU whose copy for a save that failed is still under way.
+        """
+        self.hasher.close()
+        self.staging.settle()
+
     def share(
         self, objects: Sequence[FlatObject], *, rank: int, num_writers: int, received: Mapping[str, torch.Tensor]
     ) -> Share:
