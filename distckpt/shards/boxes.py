@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import add, itemgetter, sub
@@ -18,6 +19,7 @@ from distckpt.datafiles import Reader
 from distckpt.manifest import Manifest, TensorEntry
 from distckpt.readtasks import Range
 from distckpt.safetensors import ITEM_BYTES
+from distckpt.shards.rooms import HALF_BYTES, Rooms, room_bytes
 from distckpt.tensors import DTYPES, Box, memory
 
 # A tensor's name, which box of it (None is all), and a tensor of the box's shape to fill, on any device.
@@ -26,7 +28,9 @@ Wanted = tuple[str, Box | None, torch.Tensor]
 _Small = tuple[int, int, torch.Tensor]  # where a small tensor begins in its file, its bytes, and itself
 
 SMALL_BYTES = 64 << 10  # smaller tensors that are neighbours in a file are read in one piece, and then copied
+FAR_SMALL_BYTES = 1 << 20  # the same on a GPU, where to ask for a copy costs as much as to copy half a megabyte
 BATCH_BYTES = 256 << 20  # of memory between the storage and tensors that cannot be read into
+PIECE_BYTES = 16 << 20  # of a large tensor on a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +82,9 @@ def read_into(
 
     Ranks: any; blocks until all is read and lies on the device.
     """
-    batch = _Batch(reader)
-    with torch.no_grad():
+    wanted = list(wanted)
+    far = list(filter(_is_far, map(itemgetter(2), wanted)))
+    with torch.no_grad(), closing(_Batch(reader, far)) as batch:
         tensors = manifest.tensors
         for name, box, into in wanted:
             entry = tensors[name]
@@ -114,48 +119,70 @@ def read_boxes(reader: Reader, manifest: Manifest, boxes: Sequence[tuple[str, Bo
     return tensors
 
 
-class _Batch:
-    """What is read together: straight into tensors where that is possible, else to memory from where it is copied."""
+def _is_far(target: torch.Tensor) -> bool:
+    """Say whether a tensor lies where nothing can be read to."""
+    return not target.is_cpu
 
-    def __init__(self, reader: Reader) -> None:
+
+class _Batch:
+    """What is read together: straight into tensors where that is possible, else to memory from where it is copied.
+
+    Args:
+        reader: The reader of the checkpoint's data files.
+        far: All tensors to come that lie on GPUs.
+    """
+
+    def __init__(self, reader: Reader, far: Sequence[torch.Tensor]) -> None:
         self._reader = reader
         self._ranges: dict[int, list[Range]] = {}
         self._small: dict[tuple[int, torch.dtype, int], list[_Small]] = {}  # by file, dtype and device
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._num_bytes = 0
-        self._on_gpu = False
+        self._rooms = Rooms(sum(room_bytes(tensor.nbytes) for tensor in far))
+        self._gpus = sorted({tensor.device for tensor in far if tensor.is_cuda}, key=str)
+        self._most_bytes = HALF_BYTES if far else BATCH_BYTES
 
     def add(self, file: int, offset: int, target: torch.Tensor, num_bytes: int) -> None:
         """Want all of `target`, which lies in a file in one piece."""
-        if num_bytes < SMALL_BYTES:
+        is_far = _is_far(target)
+        if num_bytes < (FAR_SMALL_BYTES if is_far else SMALL_BYTES):
             self._small.setdefault((file, target.dtype, target.get_device()), []).append((offset, num_bytes, target))
-            self._count(target, num_bytes)
-        elif target.is_cpu and target.is_contiguous():
+            self._count(num_bytes)
+        elif not is_far and target.is_contiguous():
             self._ranges.setdefault(file, []).append(Range(offset, memory(target)))
-        else:
-            self._count(target, num_bytes)
+        elif num_bytes <= PIECE_BYTES or not target.is_contiguous():
+            self._count(num_bytes)
             self._copies.append((target, self._room(file, offset, tuple(target.shape), target)))
+        else:
+            for piece in torch.split(target.view(-1).view(torch.uint8), PIECE_BYTES):
+                self._count(len(piece))
+                self._copies.append((piece, self._room(file, offset, tuple(piece.shape), piece)))
+                offset += len(piece)
 
     def add_part(self, part: _Part, offset: int, target: torch.Tensor, rows: tuple[int, ...]) -> None:
         """Want a part of the rows that lie in a file."""
-        self._count(target, math.prod(rows) * target.element_size())
+        self._count(math.prod(rows) * target.element_size())
         whole_rows = self._room(part.chunk.file, offset, rows, target)
         self._copies.append((target, _narrowed(whole_rows, part.in_chunk, part.shape)))
 
     def finish(self, meanwhile: Callable[[], None] | None) -> None:
         """Read and copy all that is still due, and meanwhile do something else."""
         self._read(meanwhile)
-        if self._on_gpu:
-            torch.cuda.synchronize()
 
-    def _count(self, target: torch.Tensor, num_bytes: int) -> None:
-        self._on_gpu = self._on_gpu or target.is_cuda
-        if self._num_bytes and self._num_bytes + num_bytes > BATCH_BYTES:
+    def close(self) -> None:
+        """Return once everything lies where it is wanted, and let go of the memory in between."""
+        self._rooms.close(self._gpus)
+
+    def _count(self, num_bytes: int) -> None:
+        num_bytes = room_bytes(num_bytes)
+        if self._num_bytes and self._num_bytes + num_bytes > self._most_bytes:
             self._read()
         self._num_bytes += num_bytes
 
     def _room(self, file: int, offset: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        room = torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
+        room = self._rooms.taken(shape, like.dtype) if _is_far(like) else None
+        if room is None:
+            room = torch.empty(shape, dtype=like.dtype)
         self._ranges.setdefault(file, []).append(Range(offset, memory(room)))
         return room
 
@@ -166,6 +193,7 @@ class _Batch:
             target.copy_(source, non_blocking=True)
         for room, run in runs:
             _hand_out(room, run)
+        self._rooms.turn(self._gpus)
         self._ranges, self._small, self._copies, self._num_bytes = {}, {}, [], 0
 
     def _run_room(self, file: int, run: list[_Small]) -> torch.Tensor:
@@ -179,7 +207,10 @@ def _hand_out(room: torch.Tensor, run: Sequence[_Small]) -> None:
     item_bytes = room.element_size()
     sizes = [num_bytes // item_bytes for _, num_bytes, _ in run]
     targets = [target for _, _, target in run]
-    if not targets[0].is_cuda and all(t.is_contiguous() for t in targets if t.dim() != 1):
+    device = targets[0].device
+    with suppress(torch.OutOfMemoryError):  # then each goes to the GPU by itself
+        room = room.to(device, non_blocking=True)
+    if room.device == device and all(t.is_contiguous() for t in targets if t.dim() != 1):
         # One call for all: of 20,000 tensors it took 8 ms where views of the room and a copy of each took 13.
         torch.split_with_sizes_copy(room, sizes, out=[t if t.dim() == 1 else t.view(-1) for t in targets])
         return

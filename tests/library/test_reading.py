@@ -18,9 +18,11 @@ import distckpt
 from distckpt import CheckpointManager, nodecopy, sharedmemory
 from distckpt.datafiles import SEGMENT_BYTES, Reader, write
 from distckpt.errors import CheckpointDamagedError, StateMismatchError, UsageError
+from distckpt.hostmemory import HostMemory
 from distckpt.manifest import Segment
 from distckpt.nodecopy import NodeCopy, Part
 from distckpt.readtasks import Range, Task, split
+from distckpt.shards import boxes, rooms
 from distckpt.storage import CountingStorage, LocalStorage
 
 NAME = "attempt/rank-00000.safetensors"
@@ -350,3 +352,76 @@ def test_what_tells_the_ranks_of_equal_nodes_who_shares_is_of_constant_size():
         for num_nodes in (2, 2048)
     }
     assert sizes[2048] <= sizes[2] + 8
+
+
+def far_state(seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return {
+        "empty": torch.empty(0, 3),
+        "scalar": made(1).double()[0],
+        "flags": made(1001) > 0,
+        "half": made(5, 7, dtype=torch.bfloat16),
+        "turned": made(300, 40).T.contiguous().T,
+        "large": made(700, 300),
+        "larger than a half": made(1500, 700),
+        "larger and turned": made(900, 800).T.contiguous().T,
+        **{f"small {index}": made(index) for index in range(200)},
+    }
+
+
+@pytest.mark.parametrize("size", [0, 40_000, 1 << 20, 64 << 20], ids=["no room", "little room", "more", "all at once"])
+def test_what_lies_on_a_gpu_is_read_by_halves(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    state = {"x": far_state(0), "model": nn.Linear(50, 60)}
+    distckpt.save(tmp_path / "one", state)
+    made: list[int] = []
+
+    class Memory(HostMemory):
+        def __init__(self, num_bytes: int, *, pinned: bool) -> None:
+            assert pinned
+            made.append(num_bytes)
+            super().__init__(num_bytes)
+            self.view[:] = bytes([0xEE]) * len(self.view)
+
+    monkeypatch.setattr(boxes, "_is_far", lambda target: True)
+    monkeypatch.setattr(boxes, "HALF_BYTES", size)
+    monkeypatch.setattr(rooms, "HALF_BYTES", size)
+    monkeypatch.setattr(boxes, "PIECE_BYTES", 30_000)
+    monkeypatch.setattr(boxes, "FAR_SMALL_BYTES", 3_000)
+    monkeypatch.setattr(rooms, "HostMemory", Memory)
+    other = {"x": far_state(1), "model": nn.Linear(50, 60)}
+    distckpt.load(tmp_path / "one", other)
+    for name, tensor in state["x"].items():
+        assert torch.equal(other["x"][name], tensor), name
+    assert torch.equal(other["model"].weight, state["model"].weight)
+    assert len(made) == {0: 0, 64 << 20: 1}.get(size, 2)
+    assert all(num_bytes <= size for num_bytes in made)
+    assert sum(made) <= 64 * 300 + sum(tensor.nbytes for tensor in state["x"].values()) + 20_000
+
+
+def test_a_room_is_not_taken_again_before_what_it_held_is_copied(monkeypatch: pytest.MonkeyPatch):
+    waited: list[int] = []
+
+    class Event:
+        def __init__(self, number: int) -> None:
+            self._number = number
+
+        def synchronize(self) -> None:
+            waited.append(self._number)
+
+    numbers = iter(range(100))
+    monkeypatch.setattr(rooms, "_recorded", lambda device: Event(next(numbers)))
+    monkeypatch.setattr(rooms, "HALF_BYTES", 1 << 12)
+    made = rooms.Rooms(10 << 12)
+    places = []
+    for turn in range(4):
+        room = made.taken([1000], torch.float32)
+        assert room is not None
+        assert made.taken([1000], torch.float32) is None
+        places.append(room.data_ptr())
+        assert waited == list(range(turn - 1))
+        made.turn([torch.device("cpu")])
+    assert places[0] == places[2] != places[1] == places[3]
