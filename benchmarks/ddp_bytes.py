@@ -9,6 +9,7 @@ What is staged is counted where torch copies tensors on the thread that calls th
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,6 +31,12 @@ from benchmarks.team import Team
 
 ROOM_BYTES = 64 << 20  # what a rank may need beyond its share
 BACKGROUND = "distckpt, background"
+# These share each tensor with another process by a descriptor.
+BY_DESCRIPTOR = {
+    "DCP async, the same in a process",
+    "torch_checkpointing",
+    "torch_checkpointing, staging in the background",
+}
 ABOUT = "bytes of each rank, against the state's"
 
 
@@ -43,6 +50,10 @@ def measure_state(state: State, options: Options, team: Team) -> None:
     """Measure one state, and report."""
     savers, absent = open_savers(state, team, options.only)
     makers, not_made = openable(state, team, options.only)
+    for name in BY_DESCRIPTOR & makers.keys():
+        if why := lacking_descriptors(len(state.tensors())):
+            not_made[name] = why
+            del makers[name]
     cells: dict[str, Cell] = {}
     directory = options.directory / state.name  # of its own: a manager's last word may come after its cell is done
     if team.rank == 0:
@@ -66,6 +77,17 @@ def measure_state(state: State, options: Options, team: Team) -> None:
     )
     if team.rank == 0:
         report.give(options.results)
+
+
+def lacking_descriptors(num_tensors: int) -> str:
+    """Say why who shares each tensor with another process by a file descriptor cannot share so many; "" if it can.
+
+    Without any left it would neither end nor fail, and nor would anybody after it.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if num_tensors < most // 2:
+        return ""
+    return f"it needs a file descriptor for each of {num_tensors:,} tensors, and may have {most:,}"
 
 
 def columns(num_ranks: int, *, has_targets: bool) -> list[Column]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import xxhash
 
-from benchmarks import collectives, digests, hashed
+from benchmarks import collectives, ddp_bytes, digests, hashed
+from benchmarks.contenders.background import BACKGROUND_SAVERS
 from benchmarks.staged import CopiedBytes
 from distckpt import checksum
 from distckpt.ranks import Ranks
@@ -47,16 +48,27 @@ def test_without_digests_every_module_of_distckpt_has_one_that_looks_at_nothing(
     assert checksum.digest(b"a") != checksum.digest(b"b")
 
 
+def test_who_needs_a_descriptor_for_each_tensor_is_left_out_where_there_are_too_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1_000, 4_000))
+    assert ddp_bytes.lacking_descriptors(499) == ""
+    assert ddp_bytes.lacking_descriptors(20_000) == (
+        "it needs a file descriptor for each of 20,000 tensors, and may have 1,000"
+    )
+    assert {*BACKGROUND_SAVERS} >= ddp_bytes.BY_DESCRIPTOR
+
+
 def test_a_switch_that_does_not_switch_is_found_out() -> None:
     def hashing() -> dict[str, float]:
-        checksum.digest(bytes(200))
+        checksum.digest(bytes(300))
         return {}
 
     digests.check(hashing, off=False, num_bytes=100)
     digests.check(dict, off=True, num_bytes=100)
-    with pytest.raises(digests.SwitchError, match="digests are off, but xxh3 saw 200 bytes"):
+    with pytest.raises(digests.SwitchError, match="digests are off, but xxh3 saw 300 bytes"):
         digests.check(hashing, off=True, num_bytes=100)
-    with pytest.raises(digests.SwitchError, match="of 202 bytes xxh3 saw 200"):
+    with pytest.raises(digests.SwitchError, match="of 303 bytes xxh3 saw 300"):
         digests.check(hashing, off=False, num_bytes=101)
 
 
