@@ -14,10 +14,11 @@ is found out by the tensor's version, and `ends` raises.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distckpt.errors import UsageError
@@ -292,7 +293,13 @@ class _Gate:
             copy.hold_up()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.hold_up()
+        if self._copies:  # a compiled step is compiled for both answers, and looks no further
+            _uncompiled(self.hold_up)
+
+
+@_disable_dynamo  # torch.compiler.disable would import the compiler at once
+def _uncompiled(work: Callable[[], None]) -> None:
+    work()
 
 
 _gate = _Gate()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from simulated_gpu import DEVICE, SimulatedGpu, Stream
+from torch._dynamo.testing import CompileCounter
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distckpt import devicecopy
@@ -230,6 +231,43 @@ def test_others_may_watch_steps_too(monkeypatch: pytest.MonkeyPatch):
         handle.remove()
     assert seen == ["a step"] * 2
     assert b"".join(staged.parts()) == case.expected
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch 2.11's compiler imports what it deprecates
+def test_a_compiled_step_waits_and_is_not_compiled_anew_for_each_copy(monkeypatch: pytest.MonkeyPatch):
+    class Copy:
+        num_waits = 0
+
+        def hold_up(self) -> None:
+            self.num_waits += 1
+
+    monkeypatch.setattr(devicecopy, "_gate", gate := devicecopy._Gate())
+    handles: list[Any] = []
+
+    def registered(hook: Any) -> None:
+        handles.append(register_optimizer_step_pre_hook(hook))
+
+    monkeypatch.setattr(devicecopy, "register_optimizer_step_pre_hook", registered)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    compiler = CompileCounter()
+    compiled = torch.compile(optimizer.step, backend=compiler)
+    torch._dynamo.reset()
+    try:
+        for _ in range(12):
+            parameter.grad = torch.ones(3)
+            compiled()
+            copy = Copy()
+            gate.add(copy)  # type: ignore[arg-type]
+            compiled()
+            assert copy.num_waits == 1
+            gate.remove(copy)  # type: ignore[arg-type]
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(handles) == 1
+    assert parameter.tolist() == pytest.approx([1 - 24 * 0.1] * 3)
+    assert compiler.frame_count < 8
 
 
 def test_small_tensors_are_put_together(monkeypatch: pytest.MonkeyPatch):
