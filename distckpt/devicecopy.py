@@ -8,7 +8,7 @@ To ask for a copy costs the host as much as some hundred kilobytes cost the bus,
 the GPU first, and those of them that may change are only put aside there at once.
 Invariant: what `ends` has yielded is as it was at `begin`. Nothing that is asked of the training's stream after that,
 and nothing that an optimizer's step does, changes a tensor before it is copied; what else changes a parameter too early
-is found out by the tensor's version, and `ends` raises.
+is found out by the tensor's version, where torch counts changes (it does not in DTensors), and `ends` raises.
 """
 
 from __future__ import annotations
