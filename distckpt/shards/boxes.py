@@ -102,7 +102,7 @@ def read_into(
                     batch.add(part.chunk.file, begin, target, target.nbytes)
                 else:
                     batch.add_part(part, begin, target, rows)
-        batch.finish(meanwhile)
+        batch.read(meanwhile)
 
 
 def read_boxes(reader: Reader, manifest: Manifest, boxes: Sequence[tuple[str, Box]]) -> list[torch.Tensor]:
@@ -165,28 +165,8 @@ class _Batch:
         whole_rows = self._room(part.chunk.file, offset, rows, target)
         self._copies.append((target, _narrowed(whole_rows, part.in_chunk, part.shape)))
 
-    def finish(self, meanwhile: Callable[[], None] | None) -> None:
-        """Read and copy all that is still due, and meanwhile do something else."""
-        self._read(meanwhile)
-
-    def close(self) -> None:
-        """Return once everything lies where it is wanted, and let go of the memory in between."""
-        self._rooms.close(self._gpus)
-
-    def _count(self, num_bytes: int) -> None:
-        num_bytes = room_bytes(num_bytes)
-        if self._num_bytes and self._num_bytes + num_bytes > self._most_bytes:
-            self._read()
-        self._num_bytes += num_bytes
-
-    def _room(self, file: int, offset: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        room = self._rooms.taken(shape, like.dtype) if _is_far(like) else None
-        if room is None:
-            room = torch.empty(shape, dtype=like.dtype)
-        self._ranges.setdefault(file, []).append(Range(offset, memory(room)))
-        return room
-
-    def _read(self, meanwhile: Callable[[], None] | None = None) -> None:
+    def read(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Read all that is wanted by now, and ask for its copies; meanwhile do something else."""
         runs = [(self._run_room(key[0], run), run) for key, small in self._small.items() for run in _runs(small)]
         self._reader.fill(self._ranges, meanwhile=meanwhile)
         for target, source in self._copies:
@@ -195,6 +175,23 @@ class _Batch:
             _hand_out(room, run)
         self._rooms.turn(self._gpus)
         self._ranges, self._small, self._copies, self._num_bytes = {}, {}, [], 0
+
+    def close(self) -> None:
+        """Return once everything lies where it is wanted, and let go of the memory in between."""
+        self._rooms.close(self._gpus)
+
+    def _count(self, num_bytes: int) -> None:
+        num_bytes = room_bytes(num_bytes)
+        if self._num_bytes and self._num_bytes + num_bytes > self._most_bytes:
+            self.read()
+        self._num_bytes += num_bytes
+
+    def _room(self, file: int, offset: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        room = self._rooms.taken(shape, like.dtype) if _is_far(like) else None
+        if room is None:
+            room = torch.empty(shape, dtype=like.dtype)
+        self._ranges.setdefault(file, []).append(Range(offset, memory(room)))
+        return room
 
     def _run_room(self, file: int, run: list[_Small]) -> torch.Tensor:
         offset, _, like = run[0]

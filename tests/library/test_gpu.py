@@ -84,6 +84,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(bytes(host_bytes(one[n])) == bytes(host_bytes(other[n])) for n in one)
 
 
+def assert_holds(directory: Path, expected: dict[str, torch.Tensor], *, device: str) -> None:
+    """See that the newest checkpoint of a directory is of a job that held these tensors."""
+    found = Job(device, seed=1)
+    found.step()
+    distckpt.load(directory, found.state)
+    assert same(found.tensors(), expected)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "settings",
@@ -153,10 +161,7 @@ def test_a_load_into_what_is_being_saved_spoils_no_save(device: str, tmp_path: P
         job.lag()
         ckpt.save(2, job.state)
         distckpt.load(tmp_path / "other", job.state)
-    found = Job(device, seed=1)
-    found.step()
-    distckpt.load(tmp_path / "run", found.state)
-    assert same(found.tensors(), expected)
+    assert_holds(tmp_path / "run", expected, device=device)
 
 
 @pytest.mark.gpu
@@ -179,10 +184,7 @@ def test_a_parameter_that_is_changed_by_hand_while_it_is_copied_is_found_out(tmp
         ckpt.save(1, job.state)
         with torch.no_grad():
             job.model.head.weight.mul_(2)
-    found = Job("cuda", seed=1)
-    found.step()
-    distckpt.load(tmp_path / "without", found.state)
-    assert same(found.tensors(), expected)
+    assert_holds(tmp_path / "without", expected, device="cuda")
 
 
 def odd_tensors(device: str) -> dict[str, torch.Tensor]:
@@ -273,10 +275,7 @@ def test_a_save_after_one_that_failed_is_good(device: str, tmp_path: Path, monke
         expected = job.tensors()
         ckpt.save(2, job.state)
         job.step()
-    found = Job(device, seed=1)
-    found.step()
-    distckpt.load(tmp_path, found.state)
-    assert same(found.tensors(), expected)
+    assert_holds(tmp_path, expected, device=device)
 
 
 @pytest.mark.gpu
