@@ -135,8 +135,9 @@ class DeviceCopy:
     def _look_for_changes(self) -> None:
         """See whether what only a step changes is as it was at the beginning; once that is seen, it may change."""
         with self._turn:
+            sources = self._sources
             for index, version in self._versions.items():
-                if self._sources and _version(self._sources[index]) != version:
+                if sources and _version(sources[index]) != version:
                     self._disturbed = self._plan.blocks[index].name
             self._versions = {}
 
@@ -229,8 +230,9 @@ class DeviceCopy:
             return
         views = [self._views[index] for index in indices]
         sources = [_plain(self._sources[index]) for index in indices]
-        # What was put aside is a row of bytes.
-        views = [v if v.shape == s.shape else v.view(-1).view(torch.uint8) for v, s in zip(views, sources, strict=True)]
+        for place, (view, source) in enumerate(zip(views, sources, strict=True)):
+            if (view.dtype, view.shape) != (source.dtype, source.shape):  # it was put aside, as a row of bytes
+                views[place] = view.view(-1).view(torch.uint8)
         torch._foreach_copy_(views, sources, non_blocking=True)
 
 
