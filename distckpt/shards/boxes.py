@@ -19,7 +19,7 @@ from distckpt.datafiles import Reader
 from distckpt.manifest import Manifest, TensorEntry
 from distckpt.readtasks import Range
 from distckpt.safetensors import ITEM_BYTES
-from distckpt.shards.rooms import HALF_BYTES, Rooms, room_bytes
+from distckpt.shards.bounce import HALF_BYTES, BounceBuffers, buffer_bytes
 from distckpt.tensors import DTYPES, Box, memory
 
 # A tensor's name, which box of it (None is all), and a tensor of the box's shape to fill, on any device.
@@ -138,7 +138,7 @@ class _Batch:
         self._small: dict[tuple[int, torch.dtype, int], list[_Small]] = {}  # by file, dtype and device
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._num_bytes = 0
-        self._rooms = Rooms(sum(room_bytes(tensor.nbytes) for tensor in far))
+        self._bounce = BounceBuffers(sum(buffer_bytes(tensor.nbytes) for tensor in far))
         self._gpus = sorted({tensor.device for tensor in far if tensor.is_cuda}, key=str)
         self._most_bytes = HALF_BYTES if far else BATCH_BYTES
 
@@ -173,21 +173,21 @@ class _Batch:
             target.copy_(source, non_blocking=True)
         for room, run in runs:
             _hand_out(room, run)
-        self._rooms.turn(self._gpus)
+        self._bounce.turn(self._gpus)
         self._ranges, self._small, self._copies, self._num_bytes = {}, {}, [], 0
 
     def close(self) -> None:
         """Return once everything lies where it is wanted, and let go of the memory in between."""
-        self._rooms.close(self._gpus)
+        self._bounce.close(self._gpus)
 
     def _count(self, num_bytes: int) -> None:
-        num_bytes = room_bytes(num_bytes)
+        num_bytes = buffer_bytes(num_bytes)
         if self._num_bytes and self._num_bytes + num_bytes > self._most_bytes:
             self.read()
         self._num_bytes += num_bytes
 
     def _room(self, file: int, offset: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        room = self._rooms.taken(shape, like.dtype) if _is_far(like) else None
+        room = self._bounce.taken(shape, like.dtype) if _is_far(like) else None
         if room is None:
             room = torch.empty(shape, dtype=like.dtype)
         self._ranges.setdefault(file, []).append(Range(offset, memory(room)))

@@ -22,7 +22,7 @@ from distckpt.hostmemory import HostMemory
 from distckpt.manifest import Segment
 from distckpt.nodecopy import NodeCopy, Part
 from distckpt.readtasks import Range, Task, split
-from distckpt.shards import boxes, rooms
+from distckpt.shards import bounce, boxes
 from distckpt.storage import CountingStorage, LocalStorage
 
 NAME = "attempt/rank-00000.safetensors"
@@ -388,10 +388,10 @@ def test_what_lies_on_a_gpu_is_read_by_halves(size: int, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(boxes, "_is_far", lambda target: True)
     monkeypatch.setattr(boxes, "HALF_BYTES", size)
-    monkeypatch.setattr(rooms, "HALF_BYTES", size)
+    monkeypatch.setattr(bounce, "HALF_BYTES", size)
     monkeypatch.setattr(boxes, "PIECE_BYTES", 30_000)
     monkeypatch.setattr(boxes, "FAR_SMALL_BYTES", 3_000)
-    monkeypatch.setattr(rooms, "HostMemory", Memory)
+    monkeypatch.setattr(bounce, "HostMemory", Memory)
     other = {"x": far_state(1), "model": nn.Linear(50, 60)}
     distckpt.load(tmp_path / "one", other)
     for name, tensor in state["x"].items():
@@ -402,7 +402,7 @@ def test_what_lies_on_a_gpu_is_read_by_halves(size: int, tmp_path: Path, monkeyp
     assert sum(made) <= 64 * 300 + sum(tensor.nbytes for tensor in state["x"].values()) + 20_000
 
 
-def test_a_room_is_not_taken_again_before_what_it_held_is_copied(monkeypatch: pytest.MonkeyPatch):
+def test_a_buffer_is_not_taken_again_before_what_it_held_is_copied(monkeypatch: pytest.MonkeyPatch):
     waited: list[int] = []
 
     class Event:
@@ -413,9 +413,9 @@ def test_a_room_is_not_taken_again_before_what_it_held_is_copied(monkeypatch: py
             waited.append(self._number)
 
     numbers = iter(range(100))
-    monkeypatch.setattr(rooms, "_recorded", lambda device: Event(next(numbers)))
-    monkeypatch.setattr(rooms, "HALF_BYTES", 1 << 12)
-    made = rooms.Rooms(10 << 12)
+    monkeypatch.setattr(bounce, "_recorded", lambda device: Event(next(numbers)))
+    monkeypatch.setattr(bounce, "HALF_BYTES", 1 << 12)
+    made = bounce.BounceBuffers(10 << 12)
     places = []
     for turn in range(4):
         room = made.taken([1000], torch.float32)

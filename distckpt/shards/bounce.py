@@ -1,7 +1,7 @@
-"""Rooms: pinned memory between the storage and GPUs, one half read into while the other is copied from.
+"""Bounce buffers: pinned memory between the storage and GPUs, one half read into while the other is copied from.
 
 It is made for one load and given back after it: what torch keeps pinned it keeps as long as the process lasts.
-Invariant: no room is used again, and none is given back, before the GPUs have copied from it.
+Invariant: no buffer is used again, and none is given back, before the GPUs have copied from it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ HALF_BYTES = 128 << 20
 _ALIGNMENT = 64
 
 
-def room_bytes(num_bytes: int) -> int:
-    """Return what a room of so many bytes takes of a half.
+def buffer_bytes(num_bytes: int) -> int:
+    """Return what a buffer of so many bytes takes of a half.
 
     Ranks: any.
     """
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-class Rooms:
-    """The rooms of one load.
+class BounceBuffers:
+    """The buffers of one load.
 
     Args:
-        num_bytes: What all rooms take together, by `room_bytes`; no more memory is made than that needs.
+        num_bytes: What all take together, by `buffer_bytes`; no more memory is made than that needs.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -39,7 +39,7 @@ class Rooms:
         self._copied: list[torch.cuda.Event] = []  # from the other half
 
     def taken(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
-        """Return a room for a tensor; None if this half has none of that size left.
+        """Return a buffer for a tensor; None if this half has none of that size left.
 
         Raises:
             MemoryError: There is not as much memory.
@@ -47,7 +47,7 @@ class Rooms:
         Ranks: any.
         """
         num_bytes = math.prod(shape) * dtype.itemsize
-        end = self._used + room_bytes(num_bytes)
+        end = self._used + buffer_bytes(num_bytes)
         if end > HALF_BYTES:
             return None
         half = self._halves[0]
